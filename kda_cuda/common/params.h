@@ -1,0 +1,64 @@
+// What a kernel is told: plain pointers, strides and choices, all checked before they get here.
+#pragma once
+
+#include <cstdint>
+
+namespace flashkda::cuda {
+
+enum class DType : int { kF32, kBF16, kF16 };
+enum class Gate : int { kGiven, kSoftplus, kBounded };
+enum class BetaMode : int { kGiven, kSigmoid, kTwiceSigmoid };
+
+// A [B, T, heads, D] tensor with unit stride in D. Strides count elements.
+struct TokenTensor {
+  void* ptr = nullptr;
+  DType dtype = DType::kBF16;
+  int64_t stride_b = 0;
+  int64_t stride_t = 0;
+  int64_t stride_h = 0;
+};
+
+// A [N or P, HV, K, V] tensor (or [.., V, K]), contiguous but for its first dimension; ptr is null where absent.
+struct StateTensor {
+  void* ptr = nullptr;
+  DType dtype = DType::kF32;
+  int64_t stride_n = 0;
+  int64_t size = 0;  // extent of the first dimension
+};
+
+// The arguments that prefill and decode share. Letters are those of docs/architecture.md.
+struct Problem {
+  int64_t B = 0;
+  int64_t T = 0;  // tokens of a batch row; with cu_seqlens, of all sequences together
+  int64_t N = 0;  // sequences
+  int H = 0, HV = 0, K = 0, V = 0;
+
+  TokenTensor q, k, v, g, beta, o;  // beta is [B, T, HV]: its stride_h is the stride of the last dimension
+  const float* A_log = nullptr;     // [HV], null: exp(A_log) = 1
+  const float* dt_bias = nullptr;   // [HV * K], null: 0
+  const void* cu_seqlens = nullptr; // [N + 1], null for a dense batch
+  bool cu_seqlens_64 = false;
+
+  StateTensor initial_state, final_state;
+  bool state_v_first = false;
+
+  float scale = 1.f;
+  Gate gate = Gate::kGiven;
+  float lower_bound = 0.f;
+  BetaMode beta_mode = BetaMode::kGiven;
+  bool l2norm = false;
+};
+
+// What continuous batching adds for a few tokens a sequence (docs/architecture.md, recurrent_kda_pool_fwd).
+struct Pool {
+  const void* state_indices = nullptr;  // [N] or [N, T]; null: sequence n owns row n
+  bool state_indices_64 = false;
+  int64_t stride_n = 0;
+  int64_t stride_t = 0;
+  bool per_token = false;                    // state_indices is [N, T]: every token's state is kept
+  const void* num_accepted_tokens = nullptr;  // [N], null: 1
+  bool num_accepted_tokens_64 = false;
+  bool in_place = false;  // final_state is the pool that initial_state reads
+};
+
+}  // namespace flashkda::cuda
