@@ -56,6 +56,7 @@ struct Pool {
   int64_t stride_n = 0;
   int64_t stride_t = 0;
   bool per_token = false;                    // state_indices is [N, T]: every token's state is kept
+  int64_t width = 0;                         // T of state_indices [N, T]; later tokens have no row
   const void* num_accepted_tokens = nullptr;  // [N], null: 1
   bool num_accepted_tokens_64 = false;
   bool in_place = false;  // final_state is the pool that initial_state reads

@@ -1,0 +1,55 @@
+#include <cuda_runtime.h>
+
+#include "kernel.cuh"
+#include "launch.h"
+
+namespace flashkda::cuda::sm80::decode {
+namespace {
+
+bool vectors_fit(const StateTensor& state) {
+  const int64_t element = state.dtype == DType::kF32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(state.ptr) % 16 == 0 && state.stride_n * element % 16 == 0;
+}
+
+template <DType kIn, int K, bool kVFirst>
+cudaError_t launch_kernel(const Params& params, cudaStream_t stream) {
+  const Problem& p = params.p;
+  const int64_t blocks = p.N * p.HV * (p.V / kSliceV);
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = kThreads;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, recurrent_kda_kernel<kIn, K, kVFirst>, params);
+}
+
+template <DType kIn, int K>
+cudaError_t choose_layout(const Params& params, cudaStream_t stream) {
+  return params.p.state_v_first ? launch_kernel<kIn, K, true>(params, stream)
+                                : launch_kernel<kIn, K, false>(params, stream);
+}
+
+template <DType kIn>
+cudaError_t choose_k(const Params& params, cudaStream_t stream) {
+  switch (params.p.K) {
+    case 64:
+      return choose_layout<kIn, 64>(params, stream);
+    case 128:
+      return choose_layout<kIn, 128>(params, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+cudaError_t launch(const Problem& p, const Pool& pool, cudaStream_t stream) {
+  if (p.V % kSliceV != 0) return cudaErrorInvalidValue;
+  const Params params{p, pool, vectors_fit(p.initial_state), vectors_fit(p.final_state)};
+  const DType in = p.initial_state.ptr != nullptr ? p.initial_state.dtype : p.final_state.dtype;
+  return in == DType::kF32 ? choose_k<DType::kF32>(params, stream)
+                           : choose_k<DType::kBF16>(params, stream);
+}
+
+}  // namespace flashkda::cuda::sm80::decode
