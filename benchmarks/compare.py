@@ -1,0 +1,188 @@
+"""Compares this package with flash-linear-attention, FlashKDA and cuDNN-frontend on one GPU.
+
+    export LOCAL_KERNELS=moonshot/flashkda=$PWD
+    python benchmarks/compare.py [--quick] [--case "H=24 4x4096"] [--out DIR]
+
+All that are installed run in one process and get the same inputs; each result is held against
+float64 before its time counts. Times are GPU times of CUDA-graph replays with a cold L2. Writes
+prefill.json, prefill.md and a plot (docs/results/README.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from kda_bench import cases, contenders, report, timing
+from kda_bench.yardstick import kda_float64, relative_error
+
+# Right implementations in bf16 are at 3e-3 to 9e-3; what is off by more computes something else.
+ERROR_LIMIT = 2e-2
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="four cases instead of the whole table"
+    )
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="CASE",
+        help='one more case, e.g. "H=96 1x8192"',
+    )
+    parser.add_argument(
+        "--only", action="store_true", help="the cases given with --case and no others"
+    )
+    parser.add_argument("--gate", nargs="+", choices=cases.GATES, default=["fast", "slow"])
+    parser.add_argument("--contender", nargs="+", choices=[c.name for c in contenders.CONTENDERS])
+    parser.add_argument(
+        "--budget", type=float, default=0.15, help="seconds a measurement (default 0.15)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results"
+    )
+    options = parser.parse_args()
+    try:
+        given = [cases.Case.parse(text) for text in options.case]
+    except ValueError as error:
+        parser.error(str(error))
+    if options.only and not given:
+        parser.error("--only needs at least one --case")
+    table = [] if options.only else cases.QUICK if options.quick else cases.TABLE
+    options.cases = list(dict.fromkeys([*table, *given]))
+    return options
+
+
+def reference(x: cases.Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    gate = {"given": 0, "softplus": 1}.get(x.gate, 2)
+    return kda_float64(
+        *(x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, x.initial_state, x.cu_seqlens),
+        scale=x.scale,
+        gate=gate,
+        lower_bound=x.lower_bound,
+        beta_mode=1,
+        l2norm=True,
+    )
+
+
+def measure(
+    contender, inputs: cases.Inputs, expected, timer: timing.Timer, floor: float
+) -> report.Row:
+    """One row: errors first, and times only if they are right."""
+    row = dict.fromkeys(report.ROW)
+    row |= {
+        "case": inputs.case.name,
+        "heads": inputs.case.heads,
+        "seqlens": list(inputs.case.seqlens),
+        "gate": inputs.gate,
+        "contender": contender.name,
+        "floor_us": round(floor, 3),
+        "note": "",
+    }
+    try:
+        bound = contender.prefill(inputs)
+    except contenders.Declined as reason:
+        return row | {"note": f"declined: {reason}"}
+    try:
+        launch, row["note"] = capture(bound)
+        for output in launch():
+            output.fill_(torch.nan)
+        o, state = bound.read(*launch())
+        torch.cuda.synchronize()
+    except Exception as error:  # one contender's failure is a note, not the end of the run
+        return row | {"note": f"failed: {describe(error)}"}
+    row["error_o"] = finite(relative_error(o, expected[0]))
+    row["error_state"] = finite(relative_error(state, expected[1]))
+    for name in ("error_o", "error_state"):
+        if row[name] is None or row[name] > ERROR_LIMIT:
+            what = "is not finite" if row[name] is None else f"is {row[name]:.1e}"
+            return row | {"note": f"wrong: {name} {what}, so its time does not count"}
+    measured = timer(launch)
+    return row | {
+        "us": round(measured.us, 2),
+        "us_min": round(measured.us_min, 2),
+        "us_max": round(measured.us_max, 2),
+    }
+
+
+def capture(bound: contenders.Bound):
+    """The call as a graph, or as it is with a note."""
+    try:
+        return timing.Captured(bound.call), ""
+    except Exception as error:  # which exception a failed capture ends in is up to whoever broke it
+        reason = describe(error)
+    torch.cuda.synchronize()
+    bound.call()
+    return bound.call, f"eager, since it cannot be captured ({reason})"
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def finite(x: float) -> float | None:
+    return float(f"{x:.4g}") if x == x and abs(x) != float("inf") else None
+
+
+def show(row: report.Row) -> str:
+    if not row["us"]:
+        return f"  {row['contender']:<18} {row['note']}"
+    return (
+        f"  {row['contender']:<18} {row['us']:>9.1f} us  [{row['us_min']:.1f}, {row['us_max']:.1f}]"
+        f"  {row['us'] / row['floor_us']:5.2f} x floor"
+        f"  error {row['error_o']:.1e} / {row['error_state']:.1e}  {row['note']}"
+    )
+
+
+def main() -> int:
+    options = arguments()
+    if not torch.cuda.is_available():
+        sys.exit("compare.py measures GPU time, and torch sees no CUDA GPU on this machine")
+    present, absent = contenders.installed(options.contender)
+    for name, reason in absent.items():
+        print(f"{name} is not installed ({reason})")
+    if not present:
+        sys.exit("none of the contenders is installed")
+    started = time.monotonic()
+    for contender in present:
+        contender.prepare(options.cases)
+        print(f"[{time.monotonic() - started:4.0f} s] {contender.name} is ready", flush=True)
+
+    build = contenders.load_this().__name__ if any(c.name == "this" for c in present) else None
+    result = report.header(build) | {"copy_tb_s": round(timing.copy_tb_s(), 4), "rows": []}
+    print(f"{result['device']}, copy bandwidth {result['copy_tb_s']:.2f} TB/s", flush=True)
+    timer = timing.Timer(options.budget)
+    points = [(case, gate) for case in options.cases for gate in options.gate]
+    for index, (case, gate) in enumerate(points, 1):
+        inputs = cases.make_inputs(case, gate, "cuda", seed=index)
+        floor = timing.floor_us(inputs.floor_bytes, result["copy_tb_s"])
+        elapsed = time.monotonic() - started
+        print(
+            f"[{elapsed:4.0f} s] {index}/{len(points)} {case.name} {gate}: floor {floor:.1f} us",
+            flush=True,
+        )
+        expected = reference(inputs)
+        for contender in present:
+            row = measure(contender, inputs, expected, timer, floor)
+            print(show(row), flush=True)
+            result["rows"].append(row)
+            report.write_json(options.out / "prefill.json", result)
+        del inputs, expected
+        torch.cuda.empty_cache()
+
+    text = report.markdown(result)
+    (options.out / "prefill.md").write_text(text)
+    report.plot(result, options.out / "prefill")
+    print(f"\n{text}")
+    ours = [row for row in result["rows"] if row["contender"] == "this"]
+    return int(any(row["us"] is None for row in ours))
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        sys.exit(main())

@@ -1,0 +1,149 @@
+"""Cases and their inputs: the table of the README, and any other in the same notation."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+K = V = 128
+LOWER_BOUND = -5.0
+MIXED = (1300, 547, 2048, 963, 271, 3063)
+
+# How g is made of the inputs. "fast" and "slow" are the bounded gate, "softplus" is the gate of
+# Kimi-Linear-48B and "given" hands over that gate's log decay in fp32, as transformers does.
+GATES = ("fast", "slow", "softplus", "given")
+# Takes the mean log decay of the bounded gate from -2.5 to about -0.05 a token.
+SLOW_SHIFT = 6.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """`heads` heads and one sequence for each entry of `seqlens` (tokens)."""
+
+    heads: int
+    seqlens: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.seqlens)
+
+    @property
+    def name(self) -> str:
+        if self.seqlens == MIXED:
+            lengths = "mixed"
+        elif len(set(self.seqlens)) == 1:
+            lengths = f"{len(self.seqlens)}x{self.seqlens[0]}"
+        else:
+            lengths = ",".join(map(str, self.seqlens))
+        return f"H={self.heads} {lengths}"
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """Reads "H=96 1x8192", "H=32 mixed" or "H=8 300,20,1"."""
+        match = re.fullmatch(r"H=(\d+)\s+(?:(mixed)|(\d+)x(\d+)|(\d+(?:,\d+)*))", text.strip())
+        if not match:
+            raise ValueError(
+                f"case {text!r} is not understood; "
+                "write it as 'H=96 1x8192', 'H=32 mixed' or 'H=8 300,20,1'"
+            )
+        heads, mixed, count, length, listed = match.groups()
+        if mixed:
+            seqlens = MIXED
+        elif count:
+            seqlens = (int(length),) * int(count)
+        else:
+            seqlens = tuple(map(int, listed.split(",")))
+        case = cls(int(heads), seqlens)
+        if not case.heads or not case.tokens:
+            raise ValueError(
+                f"case {text!r} has no work in it; give at least one head and one token"
+            )
+        return case
+
+
+TABLE = [
+    Case.parse(name)
+    for name in (
+        "H=96 1x8192",
+        "H=96 mixed",
+        "H=96 8x1024",
+        "H=64 1x8192",
+        "H=64 mixed",
+        "H=64 8x1024",
+        "H=32 1x8192",
+        "H=32 mixed",
+        "H=32 16x2048",
+        "H=16 1x8192",
+        "H=16 8x2048",
+        "H=12 1x2048",
+        "H=8 1x65536",
+        "H=4 1x1024",
+    )
+]
+QUICK = [Case.parse(name) for name in ("H=96 1x8192", "H=96 mixed", "H=32 1x8192", "H=4 1x1024")]
+
+
+@dataclass
+class Inputs:
+    """One call's inputs as the public functions take them, B = 1; `cu_seqlens` if sequences > 1."""
+
+    case: Case
+    gate: str
+    q: torch.Tensor  # [1, T, H, K] bf16, not normalised
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor  # [1, T, H, K] bf16 before the gate's activation; fp32 log decay for "given"
+    beta: torch.Tensor  # [1, T, H] bf16 logits
+    A_log: torch.Tensor  # [H] fp32
+    dt_bias: torch.Tensor  # [H, K] fp32
+    initial_state: torch.Tensor  # [N, H, K, V] fp32
+    cu_seqlens: torch.Tensor | None  # [N+1] int64
+    scale: float = K**-0.5
+    lower_bound: float = LOWER_BOUND
+
+    @property
+    def bounded(self) -> bool:
+        return self.gate in ("fast", "slow")
+
+    @property
+    def floor_bytes(self) -> int:
+        """Bytes that any implementation must move: q, k, v, g, beta read once, o written once.
+
+        The states are left out; they are 1 % of the case with one 8192-token sequence.
+        """
+        o_bytes = self.v.numel() * self.v.element_size()
+        read = (self.q, self.k, self.v, self.g, self.beta)
+        return o_bytes + sum(x.numel() * x.element_size() for x in read)
+
+
+def make_inputs(case: Case, gate: str, device: torch.device | str, seed: int = 0) -> Inputs:
+    """Fresh random inputs; the same for the same case, gate and seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    T, H, N = case.tokens, case.heads, len(case.seqlens)
+    q, k, v, g = (randn(1, T, H, K) for _ in range(4))
+    beta = randn(1, T, H)
+    A_log = 0.4 * randn(H, dtype=torch.float32)
+    dt_bias = randn(H, K, dtype=torch.float32)
+    if gate == "slow":
+        dt_bias -= SLOW_SHIFT
+    elif gate == "given":
+        g = softplus_gate(g, A_log, dt_bias)
+    elif gate not in GATES:
+        raise ValueError(f"gate is {gate!r}; choose one of {', '.join(GATES)}")
+    cu_seqlens = None
+    if N > 1:
+        ends = torch.tensor((0, *case.seqlens), dtype=torch.int64).cumsum(0)
+        cu_seqlens = ends.to(device)
+    initial_state = 0.1 * randn(N, H, K, V, dtype=torch.float32)
+    return Inputs(case, gate, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens)
+
+
+def softplus_gate(x: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:
+    """Log decay -exp(A_log) softplus(x + dt_bias) in fp32; x [1, T, H, K], dt_bias [H, K]."""
+    return -A_log.exp()[:, None] * torch.nn.functional.softplus(x.float() + dt_bias)
