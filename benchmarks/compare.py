@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from kda_bench import cases, contenders, report, timing
@@ -74,40 +75,52 @@ def measure(
     contender, inputs: cases.Inputs, expected, timer: timing.Timer, floor: float
 ) -> report.Row:
     """One row: errors first, and times only if they are right."""
-    row = dict.fromkeys(report.ROW)
-    row |= {
-        "case": inputs.case.name,
-        "heads": inputs.case.heads,
-        "seqlens": list(inputs.case.seqlens),
-        "gate": inputs.gate,
-        "contender": contender.name,
-        "floor_us": round(floor, 3),
-        "note": "",
-    }
+    row = new_row(contender.name, inputs, floor)
     try:
         bound = contender.prefill(inputs)
+        launch, row["note"] = capture(bound)
+        row |= judge(launch, bound.read, expected)
+        if "wrong" in row["note"]:
+            return row
+        measured = timer(launch)
     except contenders.Declined as reason:
         return row | {"note": f"declined: {reason}"}
-    try:
-        launch, row["note"] = capture(bound)
-        for output in launch():
-            output.fill_(torch.nan)
-        o, state = bound.read(*launch())
-        torch.cuda.synchronize()
     except Exception as error:  # one contender's failure is a note, not the end of the run
         return row | {"note": f"failed: {describe(error)}"}
-    row["error_o"] = finite(relative_error(o, expected[0]))
-    row["error_state"] = finite(relative_error(state, expected[1]))
-    for name in ("error_o", "error_state"):
-        if row[name] is None or row[name] > ERROR_LIMIT:
-            what = "is not finite" if row[name] is None else f"is {row[name]:.1e}"
-            return row | {"note": f"wrong: {name} {what}, so its time does not count"}
-    measured = timer(launch)
     return row | {
         "us": round(measured.us, 2),
         "us_min": round(measured.us_min, 2),
         "us_max": round(measured.us_max, 2),
     }
+
+
+def new_row(name: str, inputs: cases.Inputs, floor: float) -> report.Row:
+    return dict.fromkeys(report.ROW) | {
+        "case": inputs.case.name,
+        "heads": inputs.case.heads,
+        "seqlens": list(inputs.case.seqlens),
+        "gate": inputs.gate,
+        "contender": name,
+        "floor_us": round(floor, 3),
+        "note": "",
+    }
+
+
+def judge(launch, read, expected) -> dict[str, Any]:
+    """The errors of a launch into poisoned outputs, with a note if they show a wrong result."""
+    for output in launch():
+        output.fill_(torch.nan)
+    found = {
+        name: report.rounded(relative_error(x, reference))
+        for name, x, reference in zip(
+            ("error_o", "error_state"), read(*launch()), expected, strict=True
+        )
+    }
+    for name, error in found.items():
+        if error is None or error > ERROR_LIMIT:
+            what = "is not finite" if error is None else f"is {error:.1e}"
+            return found | {"note": f"wrong: {name} {what}, so its time does not count"}
+    return found
 
 
 def capture(bound: contenders.Bound):
@@ -123,10 +136,6 @@ def capture(bound: contenders.Bound):
 
 def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def finite(x: float) -> float | None:
-    return float(f"{x:.4g}") if x == x and abs(x) != float("inf") else None
 
 
 def show(row: report.Row) -> str:

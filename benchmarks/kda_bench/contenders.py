@@ -103,8 +103,8 @@ class Fla(Contender):
     module = "fla.ops.kda"
 
     def load(self):
-        # Where FlashKDA is installed, flash-linear-attention would call it, not its own kernels.
-        os.environ["FLA_FLASH_KDA"] = "0"
+        # Otherwise FlashKDA, if installed, or this package, if registered, would answer for it.
+        os.environ["FLA_FLASH_KDA"] = os.environ["FLA_FLASHKDA"] = "0"
         return super().load()
 
     def prepare(self, cases: list[Case]) -> None:
@@ -130,6 +130,13 @@ class Fla(Contender):
                     f"fla: compiling ahead for {', '.join(names)} failed; the first call compiles",
                     file=sys.stderr,
                 )
+
+    @staticmethod
+    def tune_nothing() -> None:
+        """Takes the first variant of each kernel: for where results count and times do not."""
+        from triton.runtime.autotuner import Autotuner
+
+        Autotuner.prune_configs = lambda self, kwargs: self.configs[:1]
 
     @staticmethod
     def _shorten_autotuning() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,6 +29,9 @@ ROW = (
     "note",
 )
 Row = dict[str, Any]
+
+# One a contender, in the order of the rows: this package first.
+COLORS = ("#c1121f", "#adb5bd", "#30638e", "#edae49")
 
 
 def header(build: str | None) -> dict[str, Any]:
@@ -56,8 +60,13 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     """Replaces `path` in one step, so that a run cut short leaves the last whole result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
+
+
+def rounded(x: float) -> float | None:
+    """Four digits of x for a JSON file, which has no NaN and no Inf: None for those."""
+    return float(f"{x:.4g}") if math.isfinite(x) else None
 
 
 def contenders_of(rows: list[Row]) -> list[str]:
@@ -167,12 +176,13 @@ def plot(result: dict[str, Any], stem: Path) -> list[Path]:
         return []
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = result["rows"]
     names = contenders_of(rows)
     gates = list(dict.fromkeys(row["gate"] for row in rows))
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    colors = {name: f"C{index}" for index, name in enumerate(names)}
+    colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
     table = by_case(rows)
     figure, axes = plt.subplots(
         2,
@@ -200,7 +210,9 @@ def plot(result: dict[str, Any], stem: Path) -> list[Path]:
         for axis in (over_floor, speed_up):
             axis.axhline(1, color="black", linewidth=0.8)
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_xticks(range(len(cases)), cases, rotation=60, ha="right", fontsize=8)
             axis.grid(axis="y", alpha=0.3)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colors[name]) for name in names]

@@ -6,7 +6,6 @@ which would take minutes at 65,536 tokens.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def kda_float64(
 
     Heads do not touch each other, so they are taken a few at a time to bound the memory.
     """
-    reference = importlib.import_module(f"{load_this().__name__}.reference")
+    reference = load_this().reference
     H, HV, K = q.shape[2], v.shape[2], q.shape[3]
     group = HV // H
     slab = max(1, SLAB_BYTES // max(1, q[:, :, 0].numel() * group * 8))

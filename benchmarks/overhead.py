@@ -1,0 +1,100 @@
+"""Host overhead: microseconds from a Python call to its launch, for calls too small for a GPU.
+
+    LOCAL_KERNELS=moonshot/flashkda=$PWD python benchmarks/overhead.py [--out DIR]
+
+Batches of calls are issued without waiting for the GPU; the time until the last one has returned,
+over their number, is what a call costs the host. Peers that are installed are measured beside this
+package. Writes overhead.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from kda_bench import cases, contenders, report
+
+# Fewer launches than the driver queues before it makes the host wait for the GPU.
+CALLS = 50
+BATCHES = 40
+
+
+def host_us(call: Callable[[], Any]) -> list[float]:
+    """Microseconds a call, one entry a batch."""
+    times = []
+    for _ in range(BATCHES + 5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        times.append((time.perf_counter() - start) / CALLS * 1e6)
+    torch.cuda.synchronize()
+    return times[5:]
+
+
+def decode_call(kernel, tokens: cases.Inputs) -> Callable[[], Any]:
+    """One token of eight sequences, their states updated in place."""
+    batch = [x.reshape(8, 1, *x.shape[2:]) for x in (tokens.q, tokens.k, tokens.v, tokens.g)]
+    beta = tokens.beta.reshape(8, 1, -1)
+    state = tokens.initial_state.repeat(8, 1, 1, 1)
+    out = torch.empty_like(batch[2])
+    indices = torch.arange(8, device="cuda", dtype=torch.int32)
+    return lambda: kernel.fused_recurrent_kda(
+        *batch,
+        beta,
+        A_log=tokens.A_log,
+        dt_bias=tokens.dt_bias,
+        lower_bound=tokens.lower_bound,
+        initial_state=state,
+        inplace_final_state=True,
+        ssm_state_indices=indices,
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+        out=out,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    default = Path(__file__).parent.parent / "docs" / "results"
+    parser.add_argument("--out", type=Path, default=default)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("overhead.py times launches on a CUDA GPU, and torch sees none on this machine")
+
+    kernel = contenders.load_this()
+    present, absent = contenders.installed()
+    for name, reason in absent.items():
+        print(f"{name} is not installed ({reason})")
+    inputs = cases.make_inputs(cases.Case(4, (64,)), "fast", "cuda")
+    calls = [(f"chunk_kda T=64 H=4, {c.name}", c.prefill(inputs).call) for c in present]
+    one = cases.make_inputs(cases.Case(4, (8,)), "fast", "cuda")
+    calls.append(("fused_recurrent_kda B=8 H=4, this", decode_call(kernel, one)))
+
+    result = report.header(kernel.__name__) | {"rows": []}
+    for name, call in calls:
+        times = host_us(call)
+        row = {
+            "call": name,
+            "us": round(statistics.median(times), 2),
+            "us_min": round(min(times), 2),
+            "us_max": round(max(times), 2),
+        }
+        result["rows"].append(row)
+        print(
+            f"{name:<45} {row['us']:8.1f} us  [{row['us_min']:.1f}, {row['us_max']:.1f}]",
+            flush=True,
+        )
+    report.write_json(options.out / "overhead.json", result)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,209 @@
+"""What of the bench runs without a GPU: cases, floors, regimes, yardstick, reports."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from kda_bench import cases, contenders, regimes, report, timing, yardstick
+
+
+@pytest.mark.parametrize(
+    "text, heads, seqlens, name",
+    [
+        ("H=96 1x8192", 96, (8192,), "H=96 1x8192"),
+        ("H=32 mixed", 32, cases.MIXED, "H=32 mixed"),
+        ("H=32 16x2048", 32, (2048,) * 16, "H=32 16x2048"),
+        (" H=8  300,20,1 ", 8, (300, 20, 1), "H=8 300,20,1"),
+        ("H=8 20,20", 8, (20, 20), "H=8 2x20"),
+    ],
+)
+def test_case_notation(text, heads, seqlens, name):
+    case = cases.Case.parse(text)
+    assert (case.heads, case.seqlens, case.name) == (heads, seqlens, name)
+    assert cases.Case.parse(case.name) == case
+
+
+@pytest.mark.parametrize("text", ["", "96 1x8192", "H=96", "H=96 8192x", "H=0 1x8", "H=2 3x0"])
+def test_a_wrong_case_is_named(text):
+    with pytest.raises(ValueError, match="case "):
+        cases.Case.parse(text)
+
+
+def test_floors_of_the_table():
+    # Bytes over the copy bandwidth that an H200 was measured at, 4.27 TB/s.
+    expected = {
+        "H=96 1x8192": 236,
+        "H=96 mixed": 236,
+        "H=64 8x1024": 157,
+        "H=32 16x2048": 315,
+        "H=16 1x8192": 39,
+        "H=12 1x2048": 7.4,
+        "H=8 1x65536": 157,
+        "H=4 1x1024": 1.2,
+    }
+    per_token = cases.make_inputs(cases.Case(2, (5, 3)), "fast", "cpu").floor_bytes / (2 * 8)
+    floors = {c.name: timing.floor_us(c.heads * c.tokens * per_token, 4.27) for c in cases.TABLE}
+    for name, floor in expected.items():
+        assert floors[name] == pytest.approx(floor, rel=0.03)
+
+
+@pytest.mark.parametrize("gate, mean", [("fast", -2.5), ("slow", -0.05)])
+def test_mean_log_decay(gate, mean):
+    x = cases.make_inputs(cases.Case(96, (256,)), gate, "cpu")
+    slope = x.A_log.exp()[:, None]
+    decay = x.lower_bound * torch.sigmoid(slope * (x.g.float() + x.dt_bias))
+    assert decay.mean().item() == pytest.approx(mean, rel=0.3)
+
+
+def test_inputs_differ_between_seeds_only():
+    case = cases.Case(2, (9, 4))
+    first, again, other = (cases.make_inputs(case, "fast", "cpu", seed) for seed in (1, 1, 2))
+    assert torch.equal(first.q, again.q) and not torch.equal(first.q, other.q)
+    assert first.cu_seqlens.tolist() == [0, 9, 13]
+    assert cases.make_inputs(cases.Case(2, (9,)), "fast", "cpu").cu_seqlens is None
+
+
+@pytest.mark.parametrize("gate", cases.GATES)
+def test_contenders_get_the_case_that_the_yardstick_computes(gate):
+    """The arguments in flash-linear-attention's names mean what compare.py's reference computes."""
+    import compare
+
+    x = cases.make_inputs(cases.Case(2, (20, 33)), gate, "cpu")
+    expected = compare.reference(x)
+    o, state = contenders.load_this().chunk_kda(**contenders.fla_arguments(x))
+    assert yardstick.relative_error(o, expected[0]) < 5e-3
+    assert yardstick.relative_error(state, expected[1]) < 5e-3
+
+
+@pytest.mark.parametrize("regime", regimes.REGIMES)
+def test_yardstick_is_the_recurrence(regime, monkeypatch):
+    monkeypatch.setattr(yardstick, "SLAB_BYTES", 1)  # one head at a time
+    problem = regimes.make_problem(regime, (37, 0, 50, 1), 3, "cpu", seed=7)
+    how = problem.reference_arguments()
+    o, state = yardstick.kda_float64(**how)
+    o_ref, state_ref = contenders.load_this().reference.kda_recurrence(**how)
+    assert torch.isfinite(o_ref).all() and torch.isfinite(state_ref).all()
+    assert yardstick.relative_error(o, o_ref) < 1e-12
+    assert yardstick.relative_error(state, state_ref) < 1e-12
+
+
+@pytest.mark.parametrize("regime", regimes.REGIMES)
+def test_regimes_hand_both_sides_the_same_call(regime):
+    problem = regimes.make_problem(regime, (40, 3), 2, "cpu", seed=3)
+    o, state = contenders.load_this().chunk_kda(**problem.arguments)
+    o_ref, state_ref = yardstick.kda_float64(**problem.reference_arguments())
+    assert yardstick.relative_error(o, o_ref) < 5e-3
+    assert yardstick.relative_error(state, state_ref) < 5e-3
+
+
+def rows():
+    """Two cases: in the second, one peer declined and one was wrong."""
+
+    def row(case, contender, us, note=""):
+        error = 2e-3 if us else None
+        values = (case, 64, [8], "fast", contender, us, us, us, 100.0, error, error, note)
+        return dict(zip(report.ROW, values, strict=True))
+
+    return [
+        row("H=64 1x8", "this", 200.0),
+        row("H=64 1x8", "fla", 800.0),
+        row("H=64 1x8", "cudnn-frontend", 100.0),
+        row("H=64 2x8", "this", 300.0),
+        row("H=64 2x8", "fla", 600.0),
+        row("H=64 2x8", "cudnn-frontend", None, "declined: why"),
+    ]
+
+
+def test_report_counts_only_what_finished(tmp_path):
+    result = report.header(None) | {"copy_tb_s": 4.27, "rows": rows()}
+    report.write_json(tmp_path / "prefill.json", result)
+    assert json.loads((tmp_path / "prefill.json").read_text()) == result
+    assert set(result) == {"command", "commit", "device", "copy_tb_s", "rows"}
+    assert report.speed_ups(rows(), "fla") == [4.0, 2.0]
+    assert report.speed_ups(rows(), "cudnn-frontend") == [0.5]
+    text = report.markdown(result)
+    assert "| H=64 1x8 | fast | 100 | 200 (2.0×) | 800 (8.0×) | 100 (1.0×) |" in text
+    assert "| H=64 2x8 | fast | 100 | 300 (3.0×) | 600 (6.0×) | – |" in text
+    assert "fla / this: geomean 2.83 over 2 cases" in text
+    assert "* H=64 2x8, fast, cudnn-frontend: declined: why" in text
+
+
+def test_a_result_that_json_cannot_hold_leaves_the_last_one(tmp_path):
+    path = tmp_path / "prefill.json"
+    report.write_json(path, {"us": 1.0})
+    with pytest.raises(ValueError):
+        report.write_json(path, {"us": float("nan")})
+    assert json.loads(path.read_text()) == {"us": 1.0}
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = report.plot({"rows": rows()}, tmp_path / "prefill")
+    assert [path.suffix for path in paths] == [".png", ".svg"]
+    assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_errors_beside_flas():
+    import accuracy
+
+    def row(ours, fla, rounding=1e-3):
+        names = ("error_o", "error_state")
+        return {
+            "this": dict(zip(names, ours, strict=True)),
+            "fla": dict(zip(names, fla, strict=True)),
+            "rounding_o": rounding,
+        }
+
+    assert accuracy.no_larger(row((2e-3, 2e-3), (2e-3, 2e-3)))
+    assert not accuracy.no_larger(row((2.1e-3, 1e-3), (2e-3, 2e-3)))
+    assert not accuracy.no_larger(row((1e-3, 2.1e-3), (2e-3, 2e-3)))
+    assert accuracy.no_larger(row((1.005e-3, 1e-3), (1e-3, 2e-3)))
+    assert accuracy.no_larger(row((2e-3, 2e-3), (None, None)))
+    assert not accuracy.no_larger(row((None, 1e-3), (None, None)))
+
+
+def test_peers_that_are_not_installed_are_left_out(monkeypatch):
+    monkeypatch.setattr(contenders.FlashKda, "module", "no_such_module")
+    present, absent = contenders.installed(["flashkda-upstream"])
+    assert not present and "no_such_module" in absent["flashkda-upstream"]
+
+
+def test_without_a_gpu_the_scripts_say_so(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    import compare
+
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--only", "--case", "H=1 1x8"])
+    with pytest.raises(SystemExit, match="torch sees no CUDA GPU"):
+        compare.main()
+
+
+def test_compare_reads_its_command_line(monkeypatch):
+    import compare
+
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--quick", "--case", "H=7 1x8"])
+    names = [case.name for case in compare.arguments().cases]
+    assert names == [*(case.name for case in cases.QUICK), "H=7 1x8"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--case", "H=7"])
+    with pytest.raises(SystemExit):
+        compare.arguments()
+
+
+def test_a_wrong_or_unwritten_result_gets_a_note():
+    import compare
+
+    x = cases.make_inputs(cases.Case(1, (32,)), "fast", "cpu")
+    expected = compare.reference(x)
+
+    def judged(call):
+        return compare.judge(call, lambda o, state: (o, state), expected)
+
+    o, state = (x.clone() for x in expected)
+    assert judged(lambda: (o.clone(), state.clone())) == {"error_o": 0.0, "error_state": 0.0}
+    assert "wrong: error_o is 1.0e-01" in judged(lambda: (1.1 * o, state.clone()))["note"]
+    assert "wrong: error_state is 1.0e-01" in judged(lambda: (o.clone(), 0.9 * state))["note"]
+    # A call that writes nothing leaves the poison.
+    assert "wrong: error_o is not finite" in judged(lambda: (o, state))["note"]
