@@ -66,6 +66,7 @@ struct Problem {
 struct Pool {
   IndexTensor state_indices;        // [N] or [N, T]; null: sequence n owns row n
   bool per_token = false;           // state_indices is [N, T]
+  int64_t columns = 0;              // T of such state_indices
   IndexTensor num_accepted_tokens;  // [N]; null: 1
   bool in_place = false;            // final_state is the pool that initial_state reads
 };

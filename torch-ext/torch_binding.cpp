@@ -81,6 +81,7 @@ Pool pool_of(const std::optional<Tensor>& state_indices, const std::optional<Ten
   Pool pool;
   pool.state_indices = indices(state_indices);
   pool.per_token = state_indices && state_indices->dim() == 2;
+  pool.columns = pool.per_token ? state_indices->size(1) : 0;
   pool.num_accepted_tokens = indices(num_accepted_tokens);
   pool.in_place = in_place;
   return pool;
