@@ -1,0 +1,551 @@
+"""Every argument check, for all devices, in one place.
+
+A check costs a fraction of a microsecond and never reads what is in a tensor: values on a device (cu_seqlens,
+state indices) belong to the kernels. Errors are raised before anything is launched or written. `TypeError` is about
+types and dtypes, `ValueError` about shapes, strides, devices, ranges and combinations, `NotImplementedError` about what
+this package, or this build of it, does not serve.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from .ops import DEVICE_TYPES, final_state_shape
+from .reference import (
+    BETA_GIVEN,
+    BETA_SIGMOID,
+    BETA_TWICE_SIGMOID,
+    GATE_BOUNDED,
+    GATE_GIVEN,
+    GATE_SOFTPLUS,
+)
+
+_HALF = (torch.bfloat16, torch.float16)
+_CPU_ONLY = (torch.float32, torch.float64)
+_GATE = (torch.bfloat16, torch.float16, torch.float32)
+_STATE = (torch.float32, torch.bfloat16)
+_INDEX = (torch.int32, torch.int64)
+
+LOWEST_BOUND = -5.0
+CUDA_HEAD_DIMS = (64, 128)
+
+
+class Call(NamedTuple):
+    """A checked call, as the ops take it."""
+
+    inputs: tuple[Tensor | None, ...]  # q, k, v, g, beta, A_log, dt_bias
+    initial_state: Tensor | None
+    how: tuple  # the ops' common tail: scale, gate, lower_bound, beta_mode, l2norm, state_v_first
+    N: int  # number of sequences
+    gradient: bool  # whether an input asks for one
+
+
+def check_chunk_call(
+    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, scale, output_final_state,
+    use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+    safe_gate, lower_bound, state_v_first,
+) -> Call:  # fmt: skip
+    """Checks the arguments that `chunk_kda` and `fwd` share."""
+    inputs, how, N = _check_shared(
+        q, k, v, g, beta, A_log, dt_bias, cu_seqlens, scale, output_final_state,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+        safe_gate, lower_bound, state_v_first,
+    )  # fmt: skip
+    if initial_state is not None:
+        initial_state = _check_initial_state(initial_state, q, v, N, state_v_first)
+    gradient = _needs_gradient(*inputs, initial_state)
+    if out is not None:
+        _check_out(out, v, gradient)
+    return Call(inputs, initial_state, how, N, gradient)
+
+
+def check_recurrent_call(
+    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, scale, output_final_state,
+    use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+    lower_bound, state_v_first, ssm_state_indices, num_accepted_tokens, inplace_final_state,
+) -> Call:  # fmt: skip
+    """Checks the arguments of `fused_recurrent_kda`."""
+    inputs, how, N = _check_shared(
+        q, k, v, g, beta, A_log, dt_bias, cu_seqlens, scale, output_final_state,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+        False, lower_bound, state_v_first,
+    )  # fmt: skip
+    if type(inplace_final_state) is not bool:
+        _raise_flag(inplace_final_state=inplace_final_state)
+    pooled = ssm_state_indices is not None
+    if pooled or num_accepted_tokens is not None or inplace_final_state:
+        _check_state_indices(
+            ssm_state_indices, num_accepted_tokens, q, N, cu_seqlens is not None,
+            initial_state, inplace_final_state,
+        )  # fmt: skip
+    rows = None if pooled else N
+    if inplace_final_state:
+        check_state_buffer("initial_state", initial_state, q, v, rows, state_v_first)
+    elif initial_state is not None:
+        initial_state = _check_initial_state(initial_state, q, v, rows, state_v_first)
+    gradient = _needs_gradient(*inputs, initial_state)
+    if out is not None:
+        _check_out(out, v, gradient)
+    if pooled or inplace_final_state:
+        name = "ssm_state_indices" if pooled else "inplace_final_state"
+        if gradient:
+            _raise_gradient_with(name)
+        if q.dtype == torch.float64:
+            _raise_dtype("q", q, _HALF + (torch.float32,), f" with {name}")
+    return Call(inputs, initial_state, how, N, gradient)
+
+
+def _check_shared(
+    q, k, v, g, beta, A_log, dt_bias, cu_seqlens, scale, output_final_state,
+    use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+    safe_gate, lower_bound, state_v_first,
+):  # fmt: skip
+    if not (
+        type(output_final_state) is bool
+        and type(use_qk_l2norm_in_kernel) is bool
+        and type(use_gate_in_kernel) is bool
+        and type(use_beta_sigmoid_in_kernel) is bool
+        and type(allow_neg_eigval) is bool
+        and type(safe_gate) is bool
+        and type(state_v_first) is bool
+    ):
+        _raise_flag(
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            use_gate_in_kernel=use_gate_in_kernel,
+            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+            allow_neg_eigval=allow_neg_eigval,
+            safe_gate=safe_gate,
+            state_v_first=state_v_first,
+        )
+    _check_tokens(q, k, v, g, beta)
+    scale = _check_scale(scale, q.shape[3])
+    gate, bound, A_log, dt_bias = _check_gate(
+        g, use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias
+    )
+    beta_mode = _check_beta_mode(use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    N = q.shape[0] if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, q)
+    if q.device.type != "cpu":
+        q, k = _with_unit_stride(q), _with_unit_stride(k)
+        v, g = _with_unit_stride(v), _with_unit_stride(g)
+    how = (scale, gate, bound, beta_mode, use_qk_l2norm_in_kernel, state_v_first)
+    return (q, k, v, g, beta, A_log, dt_bias), how, N
+
+
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
+    """q, k [B, T, H, K], v [B, T, HV, V], g [B, T, HV, K], beta [B, T, HV], all on one served device."""
+    if not (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(v, Tensor)
+        and isinstance(g, Tensor)
+        and isinstance(beta, Tensor)
+    ):
+        _raise_not_a_tensor(q=q, k=k, v=v, g=g, beta=beta)
+    device = q.device
+    if device.type not in DEVICE_TYPES:
+        _raise_device_not_served(device)
+    if not (k.device == device and v.device == device and g.device == device and beta.device == device):  # fmt: skip
+        _raise_other_device(device, k=k, v=v, g=g, beta=beta)
+
+    if q.dim() != 4:
+        _raise_shape("q", q, "4 dimensions, [B, T, H, K]")
+    if v.dim() != 4:
+        _raise_shape("v", v, "4 dimensions, [B, T, HV, V]")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    if k.shape != q.shape:
+        _raise_shape("k", k, f"q's shape, {list(q.shape)}")
+    if v.shape[0] != B or v.shape[1] != T:
+        _raise_shape("v", v, f"shape [B, T, HV, V] with q's B = {B} and T = {T}")
+    if H < 1 or K < 1:
+        _raise_shape("q", q, "at least one head and one channel in [B, T, H, K]")
+    if V < 1 or HV < 1 or HV % H != 0:
+        _raise_shape(
+            "v", v, f"shape [B, T, HV, V] with V of at least 1 and HV a multiple of q's H = {H}"
+        )
+    if g.shape != (B, T, HV, K):
+        _raise_shape("g", g, f"shape [B, T, HV, K] = {[B, T, HV, K]}")
+    if beta.shape != (B, T, HV):
+        _raise_shape("beta", beta, f"shape [B, T, HV] = {[B, T, HV]}")
+
+    dtype = q.dtype
+    if dtype not in _HALF and (device.type != "cpu" or dtype not in _CPU_ONLY):
+        _raise_dtype("q", q, _HALF if device.type != "cpu" else _HALF + _CPU_ONLY)
+    if k.dtype != dtype:
+        _raise_dtype("k", k, (dtype,), " as q")
+    if v.dtype != dtype:
+        _raise_dtype("v", v, (dtype,), " as q")
+    if g.dtype not in _GATE and (g.dtype != torch.float64 or dtype != torch.float64):
+        _raise_dtype("g", g, _GATE)
+    if beta.dtype != dtype and beta.dtype != torch.float32:
+        _raise_dtype("beta", beta, (dtype, torch.float32), " as q or fp32")
+
+    if device.type == "cuda":
+        if K not in CUDA_HEAD_DIMS:
+            _raise_shape(
+                "q", q, f"K, the last of [B, T, H, K], of {_either(CUDA_HEAD_DIMS)} on CUDA"
+            )
+        if V not in CUDA_HEAD_DIMS:
+            _raise_shape(
+                "v", v, f"V, the last of [B, T, HV, V], of {_either(CUDA_HEAD_DIMS)} on CUDA"
+            )
+
+
+def _check_scale(scale: float | None, K: int) -> float:
+    """The scale to use: K**-0.5 unless given."""
+    if scale is None:
+        return K**-0.5
+    if not _is_number(scale):
+        raise TypeError(
+            f"flashkda: scale is {_describe(scale)}, but must be a Python number or None "
+            "(None stands for K**-0.5)."
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"flashkda: scale is {scale}, but must be finite.")
+    return float(scale)
+
+
+def _check_gate(
+    g: Tensor,
+    use_gate_in_kernel: bool,
+    safe_gate: bool,
+    lower_bound: float | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+) -> tuple[int, float, Tensor | None, Tensor | None]:
+    """Gate, lower bound, A_log as [HV] and dt_bias as [HV * K] for the ops, the last two contiguous.
+
+    As in flash-linear-attention, lower_bound, A_log and dt_bias say nothing unless `use_gate_in_kernel`.
+    """
+    if lower_bound is not None:
+        if not _is_number(lower_bound):
+            raise TypeError(
+                f"flashkda: lower_bound is {_describe(lower_bound)}, but must be a Python number or None."
+            )
+        if not LOWEST_BOUND <= lower_bound < 0:
+            raise ValueError(
+                f"flashkda: lower_bound is {lower_bound}, but must be in [{LOWEST_BOUND:g}, 0)."
+            )
+    if not use_gate_in_kernel:
+        return GATE_GIVEN, 0.0, None, None
+    if lower_bound is None:
+        if safe_gate:
+            raise ValueError(
+                "flashkda: lower_bound is None, but must be a number in "
+                f"[{LOWEST_BOUND:g}, 0) with safe_gate=True and use_gate_in_kernel=True."
+            )
+        if A_log is None:
+            raise ValueError(
+                "flashkda: A_log is None, but must be a tensor of HV elements with use_gate_in_kernel=True "
+                "(it may be None only together with lower_bound)."
+            )
+    HV, K = g.shape[2], g.shape[3]
+    if A_log is not None:
+        A_log = _gate_weight("A_log", A_log, g, HV, "HV")
+    if dt_bias is not None:
+        dt_bias = _gate_weight("dt_bias", dt_bias, g, HV * K, "HV * K")
+    if lower_bound is None:
+        return GATE_SOFTPLUS, 0.0, A_log, dt_bias
+    return GATE_BOUNDED, float(lower_bound), A_log, dt_bias
+
+
+def _gate_weight(name: str, x: Tensor, g: Tensor, size: int, meaning: str) -> Tensor:
+    if not isinstance(x, Tensor):
+        _raise_not_a_tensor(**{name: x})
+    if x.dtype != torch.float32 and (x.dtype != torch.float64 or g.dtype != torch.float64):
+        _raise_dtype(name, x, (torch.float32,))
+    if x.device != g.device:
+        _raise_other_device(g.device, **{name: x})
+    if x.numel() != size:
+        _raise_shape(name, x, f"{meaning} = {size} elements, in any shape")
+    return x.reshape(-1).contiguous()
+
+
+def _check_beta_mode(use_beta_sigmoid_in_kernel: bool, allow_neg_eigval: bool) -> int:
+    if not use_beta_sigmoid_in_kernel:
+        if allow_neg_eigval:
+            raise ValueError(
+                "flashkda: allow_neg_eigval is True, but must be False unless use_beta_sigmoid_in_kernel=True: "
+                "it doubles the sigmoid."
+            )
+        return BETA_GIVEN
+    return BETA_TWICE_SIGMOID if allow_neg_eigval else BETA_SIGMOID
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> int:
+    """The number N of sequences that cu_seqlens [N + 1] packs into one row."""
+    _check_index("cu_seqlens", cu_seqlens, q)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        _raise_shape("cu_seqlens", cu_seqlens, "shape [N + 1] with N of at least 1")
+    _check_contiguous("cu_seqlens", cu_seqlens)
+    if q.shape[0] != 1:
+        raise ValueError(
+            f"flashkda: q has B = {q.shape[0]}, but must have B = 1 with cu_seqlens: "
+            "lay the sequences one after the other in one row."
+        )
+    return cu_seqlens.shape[0] - 1
+
+
+def _check_initial_state(
+    initial_state: Tensor, q: Tensor, v: Tensor, N: int | None, state_v_first: bool
+) -> Tensor:
+    """The initial state as the ops take it: contiguous but for the first dimension, copied only where it is not."""
+    _check_state("initial_state", initial_state, q, v, N, state_v_first)
+    return initial_state if _rows_contiguous(initial_state) else initial_state.contiguous()
+
+
+def check_state_buffer(
+    name: str, state: Tensor, q: Tensor, v: Tensor, N: int | None, state_v_first: bool
+) -> None:
+    """A state that is written to; N None: any number of rows."""
+    _check_state(name, state, q, v, N, state_v_first)
+    if not _rows_contiguous(state):
+        raise ValueError(
+            f"flashkda: {name} has strides {list(state.stride())}, but must be contiguous in its last three "
+            "dimensions, because it is written in place."
+        )
+    if state.shape[0] > 1 and state.stride(0) < state.shape[1] * state.shape[2] * state.shape[3]:
+        raise ValueError(
+            f"flashkda: {name} has strides {list(state.stride())}, but must not have rows that overlap, "
+            "because it is written in place."
+        )
+
+
+def check_same_dtype(initial_state: Tensor | None, final_state: Tensor) -> None:
+    if initial_state is not None and initial_state.dtype != final_state.dtype:
+        _raise_dtype("final_state", final_state, (initial_state.dtype,), " as initial_state")
+
+
+def _check_state(name, state, q, v, N, state_v_first) -> None:
+    if not isinstance(state, Tensor):
+        _raise_not_a_tensor(**{name: state})
+    if state.dtype not in _STATE and (state.dtype != torch.float64 or q.dtype != torch.float64):
+        _raise_dtype(name, state, _STATE)
+    if state.device != q.device:
+        _raise_other_device(q.device, **{name: state})
+    rows = N if N is not None or state.dim() != 4 else state.shape[0]
+    if state.shape != final_state_shape(q, v, rows, state_v_first):
+        letters = "[N, HV, V, K]" if state_v_first else "[N, HV, K, V]"
+        takes = list(final_state_shape(q, v, "any" if N is None else N, state_v_first))
+        _raise_shape(name, state, f"shape {letters} = {takes} with state_v_first={state_v_first}")
+
+
+def _rows_contiguous(state: Tensor) -> bool:
+    if state.is_contiguous():
+        return True
+    D1, D2 = state.shape[2:]
+    return state.stride()[1:] == (D1 * D2, D2, 1)
+
+
+def _check_out(out: Tensor, v: Tensor, gradient: bool) -> None:
+    """A buffer for o: as v, of unit stride in V, no element twice in memory."""
+    if not isinstance(out, Tensor):
+        _raise_not_a_tensor(out=out)
+    if out.shape != v.shape:
+        _raise_shape("out", out, f"v's shape, {list(v.shape)}")
+    if out.dtype != v.dtype:
+        _raise_dtype("out", out, (v.dtype,), " as v")
+    if out.device != v.device:
+        _raise_other_device(v.device, out=out)
+    if gradient:
+        _raise_gradient_with("out")
+    if out.is_contiguous():
+        return
+    if out.stride(3) != 1:
+        raise ValueError(
+            f"flashkda: out has stride {out.stride(3)} in V, but must have stride 1 there, "
+            "because it is written in place."
+        )
+    if 0 in out.stride():
+        raise ValueError(
+            f"flashkda: out has strides {list(out.stride())}, but must not be expanded (stride 0), "
+            "because it is written in place."
+        )
+
+
+def _check_state_indices(
+    ssm_state_indices: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    q: Tensor,
+    N: int,
+    packed: bool,
+    initial_state: Tensor | None,
+    inplace_final_state: bool,
+) -> None:
+    """Which rows of a pool of states are read and written: [N], or [N, T] with a row for every token."""
+    if inplace_final_state and initial_state is None:
+        raise ValueError(
+            "flashkda: initial_state is None, but must be a tensor with inplace_final_state=True: "
+            "that is where the final state goes."
+        )
+    if num_accepted_tokens is not None:
+        if ssm_state_indices is None or (
+            isinstance(ssm_state_indices, Tensor) and ssm_state_indices.dim() != 2
+        ):
+            raise ValueError(
+                "flashkda: num_accepted_tokens is given with ssm_state_indices "
+                f"{_describe(ssm_state_indices)}, but needs ssm_state_indices [N, T]: it says in which column "
+                "a sequence's state stands."
+            )
+        _check_index("num_accepted_tokens", num_accepted_tokens, q)
+        if num_accepted_tokens.shape != (N,):
+            _raise_shape("num_accepted_tokens", num_accepted_tokens, f"shape [N] = {[N]}")
+        _check_contiguous("num_accepted_tokens", num_accepted_tokens)
+    if ssm_state_indices is None:
+        return
+    _check_index("ssm_state_indices", ssm_state_indices, q)
+    if initial_state is None:
+        raise ValueError(
+            "flashkda: initial_state is None, but must be a tensor with ssm_state_indices: "
+            "they point into it."
+        )
+    shape = ssm_state_indices.shape
+    if len(shape) not in (1, 2) or shape[0] != N:
+        _raise_shape("ssm_state_indices", ssm_state_indices, f"shape [N] or [N, T] with N = {N}")
+    if len(shape) == 2:
+        if not inplace_final_state:
+            raise ValueError(
+                "flashkda: ssm_state_indices has shape "
+                f"{list(shape)}, but must have shape [N] = {[N]} with inplace_final_state=False: "
+                "the states after every token go into the pool only."
+            )
+        if shape[1] < 1 or (not packed and shape[1] < q.shape[1]):
+            _raise_shape(
+                "ssm_state_indices",
+                ssm_state_indices,
+                f"a column for each of T = {q.shape[1]} tokens",
+            )
+
+
+def _check_index(name: str, x: Tensor, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        _raise_not_a_tensor(**{name: x})
+    if x.dtype not in _INDEX:
+        _raise_dtype(name, x, _INDEX)
+    if x.device != q.device:
+        _raise_other_device(q.device, **{name: x})
+
+
+def _check_contiguous(name: str, x: Tensor) -> None:
+    if not x.is_contiguous():
+        raise ValueError(
+            f"flashkda: {name} has stride {x.stride(0)}, but must have stride 1; call .contiguous()."
+        )
+
+
+def refuse_unserved(cp_context, return_intermediate_states, cu_seqlens, cu_seqlens_cpu) -> None:
+    """What flash-linear-attention's chunk_kda takes beyond ours, where it would change the results."""
+    if cp_context is not None:
+        raise NotImplementedError(
+            f"flashkda: cp_context is {_describe(cp_context)}, but must be None: context parallelism is not served."
+        )
+    if return_intermediate_states:
+        raise NotImplementedError(
+            f"flashkda: return_intermediate_states is {_describe(return_intermediate_states)}, but must be False: "
+            "the states inside a sequence are not served."
+        )
+    if cu_seqlens_cpu is not None and cu_seqlens is None:
+        raise ValueError(
+            "flashkda: cu_seqlens is None while cu_seqlens_cpu is given, but must be given with it, on the tensors' "
+            "device."
+        )
+
+
+def resolve_state_layout(state_v_first: bool, transpose_state_layout: bool | None) -> bool:
+    """`transpose_state_layout` is what flash-linear-attention called `state_v_first` before."""
+    if transpose_state_layout is None:
+        return state_v_first
+    if state_v_first:
+        raise ValueError(
+            f"flashkda: transpose_state_layout is {transpose_state_layout}, but must be left out with "
+            "state_v_first=True: it is the older name of the same."
+        )
+    if type(transpose_state_layout) is not bool:
+        _raise_flag(transpose_state_layout=transpose_state_layout)
+    return transpose_state_layout
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    """x as a GPU's kernels can follow it: copied only if its last dimension has not stride 1."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return True
+    return False
+
+
+def _raise_gradient_with(name: str) -> NoReturn:
+    raise ValueError(
+        f"flashkda: {name} is given and an input requires a gradient, but {name} must be left out there, because "
+        "what is written in place has no gradient; call under torch.no_grad() for inference."
+    )
+
+
+# What follows runs only when a call is refused.
+
+
+def _raise_flag(**flags: object) -> NoReturn:
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            raise TypeError(f"flashkda: {name} is {_describe(flag)}, but must be True or False.")
+    raise AssertionError("every flag is a bool")
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and type(x) is not bool
+
+
+def _describe(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {list(x.shape)}"
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return repr(x)
+    return f"of type {type(x).__name__}"
+
+
+def _either(choices) -> str:
+    names = [str(c) for c in choices]
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+
+
+def _raise_not_a_tensor(**tensors: object) -> NoReturn:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"flashkda: {name} is {_describe(x)}, but must be a torch.Tensor.")
+    raise AssertionError("every argument is a tensor")
+
+
+def _raise_shape(name: str, x: Tensor, takes: str) -> NoReturn:
+    raise ValueError(f"flashkda: {name} has shape {list(x.shape)}, but must have {takes}.")
+
+
+def _raise_dtype(name: str, x: Tensor, takes, suffix: str = "") -> NoReturn:
+    raise TypeError(
+        f"flashkda: {name} has dtype {x.dtype}, but must have dtype {_either(takes)}{suffix}."
+    )
+
+
+def _raise_other_device(device: torch.device, **tensors: Tensor) -> NoReturn:
+    for name, x in tensors.items():
+        if x.device != device:
+            raise ValueError(
+                f"flashkda: {name} is on {x.device}, but must be on {device}, where the other tensors are."
+            )
+    raise AssertionError("every argument is on one device")
+
+
+def _raise_device_not_served(device: torch.device) -> NoReturn:
+    raise NotImplementedError(
+        f"flashkda: q is on {device}, but this build has no kernel compiled in for device type '{device.type}'; "
+        f"it serves tensors on {_either(DEVICE_TYPES)}."
+    )
