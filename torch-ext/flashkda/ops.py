@@ -6,13 +6,12 @@ docs/architecture.md lists the schemas.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from . import reference
 from ._ops import add_op_namespace_prefix, ops
+from .backward import chunk_gradients
 
 # They write into the buffers they are given and have no gradients.
 chunk_kda_fwd = ops.chunk_kda_fwd.default
@@ -43,9 +42,7 @@ def _compiled_in(dispatch_key: str) -> bool:
 # Device types that this build has kernels for.
 DEVICE_TYPES = tuple(key.lower() for key in ("CPU", "CUDA") if _compiled_in(key))
 
-# What a segment of the backward recomputes keeps about 25 KB a token and head: this bounds it to about 200 MB.
-BACKWARD_TOKENS_TIMES_HEADS = 8192
-BACKWARD_CHUNK = 32
+_DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 
 _INPUTS = """(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias,
     Tensor? initial_state, Tensor? cu_seqlens, float scale, int gate, float lower_bound, int beta_mode,
@@ -125,76 +122,18 @@ def chunk_kda_bwd(
     do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens,
     scale, gate, lower_bound, beta_mode, l2norm, state_v_first,
 ):  # fmt: skip
-    """Gradients by recomputing the reference's chunk form, a segment of one sequence at a time.
-
-    A first walk keeps the state in front of every segment; the second goes backwards through them and hands the
-    state's gradient on. In fp32, or fp64 for fp64 inputs. The gradient of an absent input is empty.
-    """
+    """Gradients of the tensors in `_DIFFERENTIABLE`; that of an absent one is empty."""
     if q.device.type != "cpu":
         raise NotImplementedError(
             f"flashkda: q is on {q.device} and needs a gradient, but no CUDA backward is compiled in yet; "
             "train on CPU tensors, or call under torch.no_grad()."
         )
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    how = {
-        "scale": scale, "gate": gate, "lower_bound": lower_bound, "beta_mode": beta_mode, "l2norm": l2norm,
-        "state_v_first": state_v_first, "dtype": dtype, "chunk": BACKWARD_CHUNK,
-    }  # fmt: skip
-    tokens = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
-    weights = {name: x for name, x in (("A_log", A_log), ("dt_bias", dt_bias)) if x is not None}
-    dtokens = {name: torch.zeros_like(x, memory_format=torch.contiguous_format) for name, x in tokens.items()}  # fmt: skip
-    dweights = {name: torch.zeros_like(x, dtype=dtype) for name, x in weights.items()}
-    dinitial_state = torch.empty_like(dfinal_state, memory_format=torch.contiguous_format)
-
-    def run(inputs):
-        return reference.kda_chunk(**inputs, **how)
-
-    for n, spans in enumerate(_segments(q, v, cu_seqlens)):
-        S = dfinal_state.new_zeros(dfinal_state[n : n + 1].shape, dtype=dtype)
-        if initial_state is not None:
-            S.copy_(initial_state[n : n + 1])
-        before = []
-        for b, begin, end in spans:
-            before.append(S)
-            if end < spans[-1][2]:
-                S = run({**_slice(tokens, b, begin, end), **weights, "initial_state": S})[1]
-        dS = dfinal_state[n : n + 1].to(dtype)
-        for (b, begin, end), S in zip(reversed(spans), reversed(before)):
-            inputs = {**_slice(tokens, b, begin, end), **weights, "initial_state": S}
-            # torch.func, because autograd proper is switched off below the dispatcher's autograd key.
-            _, vjp = torch.func.vjp(run, inputs)
-            (grads,) = vjp((do[b : b + 1, begin:end].to(dtype), dS))
-            dS = grads["initial_state"]
-            for name, x in dtokens.items():
-                x[b : b + 1, begin:end] = grads[name]
-            for name, x in dweights.items():
-                x += grads[name]
-        dinitial_state[n : n + 1] = dS
-
-    absent = q.new_empty(0)
-    return (
-        *dtokens.values(),
-        dweights["A_log"].to(A_log.dtype) if A_log is not None else absent,
-        dweights["dt_bias"].to(dt_bias.dtype) if dt_bias is not None else absent.clone(),
-        dinitial_state if initial_state is not None else absent.clone(),
-    )
-
-
-def _segments(q, v, cu_seqlens) -> Iterator[list[tuple[int, int, int]]]:
-    """For each sequence its segments (batch row, first token, token behind the last), none if it is empty."""
-    B, T, HV = v.shape[:3]
-    length = max(BACKWARD_TOKENS_TIMES_HEADS // HV // BACKWARD_CHUNK, 1) * BACKWARD_CHUNK
-    if cu_seqlens is None:
-        rows = [(b, 0, T) for b in range(B)]
-    else:
-        ends = cu_seqlens.tolist()
-        rows = [(0, ends[n], ends[n + 1]) for n in range(len(ends) - 1)]
-    for b, begin, end in rows:
-        yield [(b, t, min(t + length, end)) for t in range(begin, end, length)]
-
-
-def _slice(tokens: dict[str, Tensor], b: int, begin: int, end: int) -> dict[str, Tensor]:
-    return {name: x[b : b + 1, begin:end] for name, x in tokens.items()}
+    grads = chunk_gradients(
+        do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens,
+        scale=scale, gate=gate, lower_bound=lower_bound, beta_mode=beta_mode, l2norm=l2norm,
+        state_v_first=state_v_first,
+    )  # fmt: skip
+    return tuple(grads[name] if name in grads else q.new_empty(0) for name in _DIFFERENTIABLE)
 
 
 @chunk_kda_bwd.register_fake
