@@ -1,0 +1,59 @@
+# The ways to set up, build, test and measure; `make help` lists them.
+
+PYTHON3 ?= python3
+# An own Python (with torch, cmake, ninja, tomlkit) instead of .venv: make build PYTHON=/path/to/python
+PYTHON ?= .venv/bin/python
+# native (this machine's GPUs, 9.0 without one), all (build.toml's), or a list: "8.0 9.0"
+CUDA_ARCHS ?= native
+export LOCAL_KERNELS ?= moonshot/flashkda=$(CURDIR)
+
+ifeq ($(PYTHON),.venv/bin/python)
+SETUP := $(PYTHON3) tools/prepare.py
+else
+SETUP := @true
+endif
+BUILD := $(PYTHON) tools/build.py --cuda-archs "$(CUDA_ARCHS)" $(if $(JOBS),--jobs $(JOBS))
+CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+.PHONY: help setup build build-cpu build-all demo test bench format lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@echo "  PYTHON=PATH: an own Python instead of .venv; JOBS=N: compilers at a time;"
+	@echo "  CUDA_ARCHS=native|all|\"8.0 9.0\": what the CUDA variant is compiled for"
+
+setup:  ## .venv, kernel-builder and a CUDA compiler, kept between runs
+	$(SETUP)
+
+build: setup  ## the variant for this machine's torch, into build/
+	$(BUILD)
+
+build-cpu: setup  ## the CPU variant, into build/
+	$(BUILD) --backend cpu
+
+build-all: setup  ## as build, for every architecture of build.toml
+	$(BUILD) --cuda-archs all
+
+demo: build  ## a Kimi Linear model of transformers with its KDA layers from this build
+	$(PYTHON) examples/demo.py
+
+test: build build-cpu  ## every test that this machine can run
+	$(PYTHON) -m pytest
+
+bench: build  ## what can be measured on this machine
+	$(PYTHON) benchmarks/cpu.py
+	$(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" \
+	  && $(PYTHON) benchmarks/compare.py || echo "no CUDA GPU here: benchmarks/compare.py was not run"
+
+format: setup  ## rewrite the sources in the project's format
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m clang_format -i $(CXX_SOURCES)
+
+lint: setup  ## check format, Python rules and build.toml
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m clang_format --dry-run --Werror $(CXX_SOURCES)
+
+clean:  ## remove what was built; the set-up stays
+	rm -rf build .generated .pytest_cache .ruff_cache
