@@ -1,6 +1,10 @@
-// The recurrence over a few tokens. A block owns kSliceV columns of one head's state, which do not
-// depend on the others: it loads them once, keeps them in registers over the sequence's tokens and
-// stores them once.
+// The recurrence over a few tokens. A work item is kSliceV columns of one head's state, which do
+// not depend on the others, over all tokens of a sequence: they are loaded once, stay in registers,
+// and are stored once.
+//
+// A block works on items blockIdx, blockIdx + gridDim, ... in blocks of tokens. While it works on
+// one, the inputs of the next block of tokens and, behind an item's last, the state of the next
+// item are on their way: the state in shared memory, where it costs no registers.
 #pragma once
 
 #include "../../common/convert.cuh"
@@ -15,69 +19,88 @@ namespace flashkda::cuda::sm80::decode {
 struct Params {
   Problem p;
   Pool pool;
+  int items;
   bool initial_aligned, final_aligned;  // 16-byte vectors can be used
 };
 
 constexpr int64_t kNoRow = -1;
-
-// Where sequence n's tokens and states lie.
-struct Sequence {
-  int64_t b, begin;  // batch row and its first token
-  int length;
-  int64_t source;  // row of the state to start from, kNoRow: zero
-  int64_t target;  // row that takes the state after the last token, kNoRow: none
-  bool valid;      // no index is out of range
-};
-
-__device__ __forceinline__ bool row_exists(int64_t row, const StateTensor& states) {
-  return row >= 0 && row < states.size;
-}
 
 __device__ __forceinline__ int64_t slot_of(const Pool& pool, int64_t n, int64_t t) {
   return load_index(pool.state_indices, n * pool.stride_n + t * pool.stride_t,
                     pool.state_indices_64);
 }
 
-// Does not wait for cu_seqlens, which the state does not depend on.
-__device__ __forceinline__ Sequence find_sequence(const Problem& p, const Pool& pool, int64_t n) {
-  Sequence seq{n, 0, static_cast<int>(p.T), n, n, true};
+__device__ __forceinline__ bool slot_valid(int64_t slot, const StateTensor& states) {
+  return slot >= kNoRow && slot < states.size;
+}
+
+__device__ __forceinline__ bool keeps_every_state(const Pool& pool) {
+  return pool.in_place && pool.per_token;
+}
+
+struct Item {
+  int64_t n;  // sequence
+  int hv, slice;
+  int64_t b, begin;  // batch row and its first token
+  int length;        // tokens
+  int64_t o_at;      // element of o where the next one goes
+  int64_t source;    // row of the state to start from, kNoRow: zero
+  int64_t target;    // row that takes the state after the last token, kNoRow: none
+  bool valid;  // no index is out of range; otherwise the output is NaN and no row of a pool is
+               // touched
+};
+
+__device__ __forceinline__ Item find_item(const Problem& p, const Pool& pool, int index) {
+  // Slices of a head, then heads, lie next to each other in memory and are worked on at the same
+  // time.
+  const int slices = p.V / kSliceV;
+  const int head = index / slices;
+  Item item;
+  item.slice = index % slices;
+  item.hv = head % p.HV;
+  item.n = head / p.HV;
+
+  item.b = item.n;
+  item.begin = 0;
+  item.length = static_cast<int>(p.T);
   if (p.cu_seqlens != nullptr) {
     // Nothing has checked what lies on the device: what is not within the tokens is taken for
     // empty.
-    const int64_t begin = load_index(p.cu_seqlens, n, p.cu_seqlens_64);
-    const int64_t end = load_index(p.cu_seqlens, n + 1, p.cu_seqlens_64);
-    const bool within = begin >= 0 && begin <= end && end <= p.T;
-    seq.b = 0;
-    seq.begin = begin;
-    seq.length = within ? static_cast<int>(end - begin) : 0;
+    item.b = 0;
+    item.begin = load_index(p.cu_seqlens, item.n, p.cu_seqlens_64);
+    const int64_t end = load_index(p.cu_seqlens, item.n + 1, p.cu_seqlens_64);
+    const bool within = item.begin >= 0 && item.begin <= end && end <= p.T;
+    item.length = within ? static_cast<int>(end - item.begin) : 0;
   }
+
+  item.o_at = item.b * p.o.stride_b + item.begin * p.o.stride_t + item.hv * p.o.stride_h +
+              item.slice * kSliceV;
+
+  item.source = item.target = item.n;
+  item.valid = true;
   if (pool.state_indices != nullptr) {
     int64_t t = 0;
     if (pool.per_token) {
       if (pool.num_accepted_tokens != nullptr) {
-        t = load_index(pool.num_accepted_tokens, n, pool.num_accepted_tokens_64) - 1;
+        t = load_index(pool.num_accepted_tokens, item.n, pool.num_accepted_tokens_64) - 1;
       }
-      seq.valid = t >= 0 && t < pool.width;
+      item.valid = t >= 0 && t < pool.width;
     }
-    seq.source = seq.valid ? slot_of(pool, n, t) : kNoRow;
-    seq.valid = seq.valid && (seq.source == kNoRow || row_exists(seq.source, p.initial_state));
-    if (pool.in_place) seq.target = pool.per_token ? kNoRow : seq.source;
+    item.source = item.valid ? slot_of(pool, item.n, t) : kNoRow;
+    item.valid = item.valid && slot_valid(item.source, p.initial_state);
+    if (keeps_every_state(pool)) {
+      bool valid = true;
+      for (int i = threadIdx.x % 32; i < item.length && i < pool.width; i += 32) {
+        valid = valid && slot_valid(slot_of(pool, item.n, i), p.final_state);
+      }
+      item.valid = __all_sync(~0u, valid) && item.valid;
+    }
+    if (pool.in_place) item.target = item.source;
   }
-  if (p.initial_state.ptr == nullptr) seq.source = kNoRow;
-  if (p.final_state.ptr == nullptr) seq.target = kNoRow;
-  return seq;
-}
-
-// Whether the rows that take the states after each token exist or are kNoRow. The same for all
-// threads of a warp.
-__device__ __forceinline__ bool slots_valid(const Problem& p, const Pool& pool, int64_t n,
-                                            int length) {
-  bool valid = true;
-  for (int t = threadIdx.x % 32; t < length && t < pool.width; t += 32) {
-    const int64_t slot = slot_of(pool, n, t);
-    valid = valid && (slot == kNoRow || row_exists(slot, p.final_state));
-  }
-  return __all_sync(~0u, valid);
+  if (p.initial_state.ptr == nullptr) item.source = kNoRow;
+  if (p.final_state.ptr == nullptr || keeps_every_state(pool)) item.target = kNoRow;
+  if (pool.in_place && (!item.valid || item.length == 0)) item.target = kNoRow;
+  return item;
 }
 
 // One token, in the letters of docs/architecture.md, with S' = Diag(decay) S:
@@ -92,7 +115,7 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, false>& state, const Tok
                                      float (&reduced)[2][kWarps][kSliceV]) {
   using Slice = StateSlice<kIn, K, false>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row = Slice::row(warp, lane, 0);
+  const int row = Slice::row(0);
   float sk[Slice::kWidth] = {}, sq[Slice::kWidth] = {};
 #pragma unroll
   for (int i = 0; i < Slice::kVectors; ++i) {
@@ -105,7 +128,7 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, false>& state, const Tok
     }
   }
   static_assert(Slice::kGroups == Slice::kWidth, "as many sums as lanes that share them");
-  const int own = Slice::column(lane) + lane / Slice::kLanes;
+  const int own = Slice::column() + lane / Slice::kLanes;
   reduced[0][warp][own] = transposed_sum(sk, lane, Slice::kLanes);
   reduced[1][warp][own] = transposed_sum(sq, lane, Slice::kLanes);
   const Sums sums = token_sums(token, p.l2norm);
@@ -125,7 +148,7 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, false>& state, const Tok
   }
   float ku_of[Slice::kWidth];
 #pragma unroll
-  for (int j = 0; j < Slice::kWidth; ++j) ku_of[j] = __shfl_sync(~0u, ku, Slice::column(lane) + j);
+  for (int j = 0; j < Slice::kWidth; ++j) ku_of[j] = __shfl_sync(~0u, ku, Slice::column() + j);
 #pragma unroll
   for (int i = 0; i < Slice::kVectors; ++i) {
     const float k = token.k[row + i];
@@ -140,8 +163,8 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, true>& state, const Toke
                                      const Problem& p, int64_t o_at,
                                      float (&)[2][kWarps][kSliceV]) {
   using Slice = StateSlice<kIn, K, true>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int channel = Slice::column(lane);
+  const int lane = threadIdx.x % 32;
+  const int channel = Slice::column();
   float sk[Slice::kVectors] = {}, sq[Slice::kVectors] = {};
 #pragma unroll
   for (int j = 0; j < Slice::kWidth; ++j) {
@@ -163,7 +186,7 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, true>& state, const Toke
 
   // From here on a lane stands for the row of its vector number lane % kVectors.
   const Sums sums = token_sums(token, p.l2norm);
-  const int own = Slice::row(warp, lane, lane % Slice::kVectors);
+  const int own = Slice::row(lane % Slice::kVectors);
   const float u = token.beta * (token.v[own] - sums.k_norm * k_S);
   const float ku = sums.k_norm * u;
   if (lane % Slice::kLanes < Slice::kVectors) {
@@ -178,76 +201,73 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, true>& state, const Toke
 }
 
 template <DType kIn, int K, bool kVFirst>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     recurrent_kda_kernel(const __grid_constant__ Params params) {
+  using Slice = StateSlice<kIn, K, kVFirst>;
+  __shared__ typename Slice::Stage stage;
   __shared__ Token<K> tokens[2][kBlockTokens];
   __shared__ float reduced[2][2][kWarps][kSliceV];
   const Problem& p = params.p;
   const Pool& pool = params.pool;
 
-  // Slices of a head, then heads, lie next to each other in memory and run at the same time.
-  const int slices = p.V / kSliceV;
-  const int slice = blockIdx.x % slices;
-  const int head = blockIdx.x / slices;
-  const int hv = head % p.HV;
-  const int64_t n = head / p.HV;
-  const int64_t head_offset = static_cast<int64_t>(hv) * p.K * p.V;
-
-  Sequence seq = find_sequence(p, pool, n);
-  StateSlice<kIn, K, kVFirst> state(threadIdx.x / 32, threadIdx.x % 32, slice, p.V);
-  const bool loads = seq.valid && seq.source != kNoRow;
-  if (loads) {
-    state.load(p.initial_state.ptr, seq.source * p.initial_state.stride_n + head_offset,
-               params.initial_aligned);
-  }
-  TokenReader<K> reader(p, hv, slice);
-  reader.seek(seq.b, seq.begin);
-  reader.fetch(seq.length);
-
-  const bool keeps_all = pool.in_place && pool.per_token;
-  if (keeps_all) seq.valid = seq.valid && slots_valid(p, pool, n, seq.length);
-  int64_t o_at =
-      seq.b * p.o.stride_b + seq.begin * p.o.stride_t + hv * p.o.stride_h + slice * kSliceV;
-  if (!seq.valid) {
-    for (int t = threadIdx.x / 32; t < seq.length; t += kWarps) {
-      store_float(p.o.ptr, o_at + t * p.o.stride_t + threadIdx.x % 32, p.o.dtype,
-                  __int_as_float(0x7fc00000));
-    }
-    if (pool.in_place || seq.target == kNoRow) return;
-    state.fill(__int_as_float(0x7fc00000));
-    state.store(p.final_state.ptr, seq.target * p.final_state.stride_n + head_offset,
-                p.final_state.dtype, params.final_aligned);
-    return;
-  }
-
-  reader.publish(tokens[0], seq.length);
-  if (loads) {
-    state.unpack();
-  } else {
-    state.fill(0.f);
-  }
-  for (int t = 0; t < seq.length; ++t) {
-    const int in_block = t % kBlockTokens, buffer = t / kBlockTokens % 2;
-    const int ahead = seq.length - (t - in_block) - kBlockTokens;  // tokens behind this block
-    if (in_block == 0) {
-      // The block's tokens are there, and the other buffer's have been used by every thread.
-      __syncthreads();
-      reader.fetch(ahead);
-    }
-    step(state, tokens[buffer][in_block], p, o_at, reduced[t % 2]);
-    if (keeps_all && t < pool.width) {
-      const int64_t slot = slot_of(pool, n, t);
-      if (slot != kNoRow) {
-        state.store(p.final_state.ptr, slot * p.final_state.stride_n + head_offset,
-                    p.final_state.dtype, params.final_aligned);
+  Slice state;
+  TokenReader<K> reader(p);
+  // Element of a state tensor's row where a thread's part of an item begins.
+  auto element_of = [&](const Item& item) {
+    return static_cast<int64_t>(item.hv) * K * p.V + Slice::first_element(item.slice, p.V);
+  };
+  Item item = {};  // none yet: no tokens, no state
+  item.target = kNoRow;
+  int next_index = blockIdx.x;
+  int t = 0;       // the first token of the block of tokens
+  int buffer = 0;  // where these tokens are
+  while (true) {
+    // Ask for what comes next.
+    bool more = true;
+    Item next = item;
+    int next_t = t + kBlockTokens;
+    if (next_t >= item.length) {
+      more = next_index < params.items;
+      if (more) {
+        next = find_item(p, pool, next_index);
+        next_index += gridDim.x;
+        next_t = 0;
+        if (next.valid && next.source != kNoRow) {
+          Slice::load(stage, p.initial_state.ptr,
+                      next.source * p.initial_state.stride_n + element_of(next), p.V,
+                      params.initial_aligned);
+        } else {
+          Slice::load_constant(stage, !next.valid);
+        }
+        reader.seek(next.hv, next.slice, next.b, next.begin);
       }
     }
-    if (in_block == kBlockTokens - 1) reader.publish(tokens[buffer ^ 1], ahead);
-    o_at += p.o.stride_t;
-  }
-  if (seq.target != kNoRow && !(pool.in_place && seq.length == 0)) {
-    state.store(p.final_state.ptr, seq.target * p.final_state.stride_n + head_offset,
-                p.final_state.dtype, params.final_aligned);
+    if (more) reader.fetch(next.length - next_t);
+
+    for (int i = 0;; ++i) {
+      // The state after t + i tokens.
+      int64_t row = t + i == item.length ? item.target : kNoRow;
+      if (keeps_every_state(pool) && item.valid && i > 0 && t + i <= pool.width) {
+        row = slot_of(pool, item.n, t + i - 1);
+      }
+      if (row != kNoRow) {
+        state.store(p.final_state.ptr, row * p.final_state.stride_n + element_of(item), p.V,
+                    p.final_state.dtype, params.final_aligned);
+      }
+      if (i == kBlockTokens || t + i == item.length) break;
+      step(state, tokens[buffer][i], p, item.o_at, reduced[i % 2]);
+      item.o_at += p.o.stride_t;
+    }
+    if (!more) break;
+
+    // The other warps may still be at the tokens of this buffer, but not at those of the other.
+    buffer ^= 1;
+    if (next_t > 0) next.o_at = item.o_at;
+    item = next;
+    t = next_t;
+    reader.publish(tokens[buffer], item.length - t);
+    if (t == 0) state.take(stage);
+    __syncthreads();
   }
 }
 

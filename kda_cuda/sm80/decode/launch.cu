@@ -1,5 +1,8 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstdint>
+
 #include "kernel.cuh"
 #include "launch.h"
 
@@ -13,12 +16,13 @@ bool vectors_fit(const StateTensor& state) {
 
 template <DType kIn, int K, bool kVFirst>
 cudaError_t launch_kernel(const Params& params, cudaStream_t stream) {
-  const Problem& p = params.p;
-  const int64_t blocks = p.N * p.HV * (p.V / kSliceV);
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(blocks);
+  config.gridDim = std::min(params.items, multiprocessors * kBlocksPerSM);
   config.blockDim = kThreads;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, recurrent_kda_kernel<kIn, K, kVFirst>, params);
@@ -45,8 +49,11 @@ cudaError_t choose_k(const Params& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch(const Problem& p, const Pool& pool, cudaStream_t stream) {
-  if (p.V % kSliceV != 0) return cudaErrorInvalidValue;
-  const Params params{p, pool, vectors_fit(p.initial_state), vectors_fit(p.final_state)};
+  const int64_t items = p.N * p.HV * (p.V / kSliceV);
+  if (items == 0) return cudaSuccess;
+  if (p.V % kSliceV != 0 || items > INT32_MAX / 2) return cudaErrorInvalidValue;
+  const Params params{p, pool, static_cast<int>(items), vectors_fit(p.initial_state),
+                      vectors_fit(p.final_state)};
   const DType in = p.initial_state.ptr != nullptr ? p.initial_state.dtype : p.final_state.dtype;
   return in == DType::kF32 ? choose_k<DType::kF32>(params, stream)
                            : choose_k<DType::kBF16>(params, stream);

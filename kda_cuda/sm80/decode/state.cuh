@@ -1,9 +1,9 @@
-// A block's slice of a head's state: all K rows of kSliceV columns, in registers from load to
-// store.
+// A slice of a head's state: all K rows of kSliceV columns of V, shared by the threads of a block.
 #pragma once
 
 #include "../../common/convert.cuh"
 #include "../../common/params.h"
+#include "../../common/ptx.cuh"
 #include "config.h"
 
 namespace flashkda::cuda::sm80::decode {
@@ -27,53 +27,66 @@ struct StateSlice {
   static_assert(kGroups * kVectors * kWarps == (kVFirst ? kSliceV : K),
                 "the warps must cover the slice");
 
-  // Row of the slice and column of that row where a lane's vector i begins.
-  static __device__ __forceinline__ int row(int warp, int lane, int i) {
-    const int group = lane / kLanes;
-    const int within_warp = kVFirst ? i * kGroups + group : group * kVectors + i;
-    return warp * kGroups * kVectors + within_warp;
-  }
-  static __device__ __forceinline__ int column(int lane) { return lane % kLanes * kWidth; }
+  // Where a thread's vectors wait from load() to take(). No thread reads another's.
+  using Stage = uint4[kVectors][kThreads];
 
   float s[kVectors][kWidth];
 
-  __device__ __forceinline__ StateSlice(int warp, int lane, int slice, int V)
-      : first_(kVFirst ? (slice * kSliceV + row(warp, lane, 0)) * K + column(lane)
-                       : row(warp, lane, 0) * V + slice * kSliceV + column(lane)),
-        stride_(kVFirst ? kGroups * K : V) {}
-
-  __device__ __forceinline__ void fill(float x) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) s[i][j] = x;
-    }
+  // Row of the slice and column of that row where a thread's vector i begins.
+  static __device__ __forceinline__ int row(int i) {
+    const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / kLanes;
+    return (warp * kGroups + (kVFirst ? 0 : group)) * kVectors +
+           (kVFirst ? i * kGroups + group : i);
   }
+  static __device__ __forceinline__ int column() { return threadIdx.x % kLanes * kWidth; }
 
-  // Issues the loads of the head's matrix that begins at element `offset`; unpack() waits for them.
-  __device__ __forceinline__ void load(const void* ptr, int64_t offset, bool aligned) {
+  // Element of the head's matrix where a thread's vectors begin, and elements from one vector to
+  // the next.
+  static __device__ __forceinline__ int first_element(int slice, int V) {
+    return kVFirst ? (slice * kSliceV + row(0)) * K + column()
+                   : row(0) * V + slice * kSliceV + column();
+  }
+  static __device__ __forceinline__ int vector_stride(int V) { return kVFirst ? kGroups * K : V; }
+
+  // Issues the loads of vectors that begin at element `at` of `ptr`.
+  static __device__ __forceinline__ void load(Stage& stage, const void* ptr, int64_t at, int V,
+                                              bool aligned) {
     using Element = std::conditional_t<kIn == DType::kF32, uint32_t, uint16_t>;
-    const Element* from = static_cast<const Element*>(ptr) + offset + first_;
+    const Element* from = static_cast<const Element*>(ptr) + at;
+    if (aligned) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (aligned) {
-        bits_[i] = __ldcs(reinterpret_cast<const uint4*>(from + i * stride_));
-      } else {
-        uint32_t words[4] = {};
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          words[j * 4 / kWidth] |= uint32_t{from[i * stride_ + j]}
-                                   << (kIn == DType::kF32 ? 0 : j % 2 * 16);
-        }
-        bits_[i] = make_uint4(words[0], words[1], words[2], words[3]);
+      for (int i = 0; i < kVectors; ++i) {
+        ptx::cp_async_16(&stage[i][threadIdx.x], from, true);
+        from += vector_stride(V);
       }
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < kVectors; ++i) {
+      uint32_t words[4] = {};
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        words[j * 4 / kWidth] |= uint32_t{from[j]} << (kIn == DType::kF32 ? 0 : j % 2 * 16);
+      }
+      stage[i][threadIdx.x] = make_uint4(words[0], words[1], words[2], words[3]);
+      from += vector_stride(V);
     }
   }
 
-  __device__ __forceinline__ void unpack() {
+  // Instead of load(): zero, or NaN.
+  static __device__ __forceinline__ void load_constant(Stage& stage, bool nan) {
+    const uint32_t x = nan ? 0x7fc07fc0u : 0u;  // the same in fp32 and in bf16
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) stage[i][threadIdx.x] = make_uint4(x, x, x, x);
+  }
+
+  // Waits for what was loaded last.
+  __device__ __forceinline__ void take(const Stage& stage) {
+    wait_for_copies();
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const uint32_t words[4] = {bits_[i].x, bits_[i].y, bits_[i].z, bits_[i].w};
+      const uint4 bits = stage[i][threadIdx.x];
+      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         if constexpr (kIn == DType::kF32) {
@@ -86,35 +99,47 @@ struct StateSlice {
     }
   }
 
-  __device__ __forceinline__ void store(void* ptr, int64_t offset, DType dtype,
+  // As load().
+  __device__ __forceinline__ void store(void* ptr, int64_t at, int V, DType dtype,
                                         bool aligned) const {
-    const int64_t first = offset + first_;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t at = first + i * stride_;
-      if (!aligned) {
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) store_float(ptr, at + j, dtype, s[i][j]);
-      } else if (dtype == DType::kF32) {
-#pragma unroll
-        for (int j = 0; j < kWidth; j += 4) {
-          __stcs(reinterpret_cast<float4*>(static_cast<float*>(ptr) + at + j),
-                 make_float4(s[i][j], s[i][j + 1], s[i][j + 2], s[i][j + 3]));
-        }
+    if (dtype == DType::kF32) {
+      float* to = static_cast<float*>(ptr) + at;
+      if (aligned) {
+        store_vectors<4>(to, V, [](float* to, const float* x) {
+          __stcs(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
+        });
       } else {
-#pragma unroll
-        for (int j = 0; j < kWidth; j += 4) {
-          __stcs(reinterpret_cast<uint2*>(static_cast<uint16_t*>(ptr) + at + j),
-                 make_uint2(pack_bf16(s[i][j], s[i][j + 1]), pack_bf16(s[i][j + 2], s[i][j + 3])));
-        }
+        store_vectors<1>(to, V, [](float* to, const float* x) { *to = *x; });
+      }
+    } else {
+      __nv_bfloat16* to = static_cast<__nv_bfloat16*>(ptr) + at;
+      if (aligned) {
+        store_vectors<4>(to, V, [](__nv_bfloat16* to, const float* x) {
+          __stcs(reinterpret_cast<uint2*>(to),
+                 make_uint2(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])));
+        });
+      } else {
+        store_vectors<1>(to, V,
+                         [](__nv_bfloat16* to, const float* x) { *to = __float2bfloat16_rn(*x); });
       }
     }
   }
 
  private:
-  int first_;   // element of the matrix where the thread's vectors begin
-  int stride_;  // elements from one vector to the next
-  uint4 bits_[kVectors];
+  // put() stores kCount elements.
+  template <int kCount, class Element, class Put>
+  __device__ __forceinline__ void store_vectors(Element* to, int V, Put put) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWidth; j += kCount) put(to + j, &s[i][j]);
+      to += vector_stride(V);
+    }
+  }
+
+  static __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+  }
 };
 
 }  // namespace flashkda::cuda::sm80::decode

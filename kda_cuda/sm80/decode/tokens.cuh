@@ -48,23 +48,22 @@ __device__ __forceinline__ Sums token_sums(const Token<K>& token, bool l2norm) {
 template <int K>
 class TokenReader {
  public:
-  __device__ __forceinline__ TokenReader(const Problem& p, int hv, int slice)
-      : p_(p), gate_(load_gate_params(p, hv, threadIdx.x % K)) {
-    const int h = hv / (p.HV / p.H), channel = threadIdx.x % K, lane = threadIdx.x % 32;
-    q_ = h * p.q.stride_h + channel;
-    k_ = h * p.k.stride_h + channel;
-    g_ = hv * p.g.stride_h + channel;
-    extra_ = reads_v() ? hv * p.v.stride_h + slice * kSliceV + lane : hv * p.beta.stride_h;
-    extra_stride_ = reads_v() ? p.v.stride_t : p.beta.stride_t;
-    extra_dtype_ = reads_v() ? p.v.dtype : p.beta.dtype;
-  }
+  __device__ __forceinline__ explicit TokenReader(const Problem& p) : p_(p) {}
 
-  // Moves from the head's first element of the tensors to that of token `begin` of batch row b.
-  __device__ __forceinline__ void seek(int64_t b, int64_t begin) {
-    q_ += b * p_.q.stride_b + begin * p_.q.stride_t;
-    k_ += b * p_.k.stride_b + begin * p_.k.stride_t;
-    g_ += b * p_.g.stride_b + begin * p_.g.stride_t;
-    extra_ += b * (reads_v() ? p_.v.stride_b : p_.beta.stride_b) + begin * extra_stride_;
+  // Moves to token `begin` of batch row b, as value head hv and a slice of v see it.
+  __device__ __forceinline__ void seek(int hv, int slice, int64_t b, int64_t begin) {
+    const int h = hv / (p_.HV / p_.H), channel = threadIdx.x % K, lane = threadIdx.x % 32;
+    q_ = element(p_.q, b, begin, h) + channel;
+    k_ = element(p_.k, b, begin, h) + channel;
+    g_ = element(p_.g, b, begin, hv) + channel;
+    if (reads_v()) {
+      extra_ = element(p_.v, b, begin, hv) + slice * kSliceV + lane;
+    } else {
+      extra_ = element(p_.beta, b, begin, hv);
+    }
+    if (p_.A_log != nullptr) A_log_ = __ldg(p_.A_log + hv);
+    if (p_.dt_bias != nullptr)
+      dt_bias_ = __ldg(p_.dt_bias + static_cast<int64_t>(hv) * K + channel);
   }
 
   // Issues the loads of the next `count` tokens, at most kBlockTokens.
@@ -73,39 +72,44 @@ class TokenReader {
     for (int i = 0; i < kBlockTokens; ++i) {
       if (i >= count) break;
       if (reads_channels()) {
-        bits_[i].q = load_bits(p_.q.ptr, q_, p_.q.dtype);
-        bits_[i].k = load_bits(p_.k.ptr, k_, p_.k.dtype);
+        bits_[i].q = __ldg(static_cast<const uint16_t*>(p_.q.ptr) + q_);
+        bits_[i].k = __ldg(static_cast<const uint16_t*>(p_.k.ptr) + k_);
         bits_[i].g = load_bits(p_.g.ptr, g_, p_.g.dtype);
       }
       if (reads_v() || reads_beta()) {
-        bits_[i].extra = load_bits(reads_v() ? p_.v.ptr : p_.beta.ptr, extra_, extra_dtype_);
+        bits_[i].extra = load_bits(reads_v() ? p_.v.ptr : p_.beta.ptr, extra_, extra_dtype());
       }
       q_ += p_.q.stride_t;
       k_ += p_.k.stride_t;
       g_ += p_.g.stride_t;
-      extra_ += extra_stride_;
+      extra_ += reads_v() ? p_.v.stride_t : p_.beta.stride_t;
     }
   }
 
   // Activates the tokens fetched last and writes them to shared memory. The caller synchronises.
-  __device__ __forceinline__ void publish(Token<K>* tokens, int count) const {
-#pragma unroll
-    for (int i = 0; i < kBlockTokens; ++i) {
-      if (i >= count) break;
+  __device__ __forceinline__ void publish(Token<K>* tokens, int count) {
+    const GateParams gate{p_.gate, p_.lower_bound, expf(A_log_), dt_bias_};
+    // Not unrolled, as a step down a queue costs less than four copies of the code: most calls
+    // publish one token.
+#pragma unroll 1
+    for (int i = 0; i < min(count, kBlockTokens); ++i) {
       Token<K>& token = tokens[i];
+      const Bits bits = bits_[0];
       if (reads_channels()) {
         const int d = threadIdx.x;
-        const float q = bits_to_float(bits_[i].q, p_.q.dtype);
-        const float k = bits_to_float(bits_[i].k, p_.k.dtype);
-        token.decay[d] = expf(log_decay(bits_to_float(bits_[i].g, p_.g.dtype), gate_));
+        const float q = bits_to_float(bits.q, p_.q.dtype);
+        const float k = bits_to_float(bits.k, p_.k.dtype);
+        token.decay[d] = expf(log_decay(bits_to_float(bits.g, p_.g.dtype), gate));
         token.k[d] = k;
         token.q[d] = q;
         const float kk = warp_sum(k * k), qq = warp_sum(q * q), qk = warp_sum(q * k);
         if (d % 32 == 0) token.sums[d / 32] = make_float4(kk, qq, qk, 0.f);
       }
-      const float extra = bits_to_float(bits_[i].extra, extra_dtype_);
+      const float extra = bits_to_float(bits.extra, extra_dtype());
       if (reads_v()) token.v[threadIdx.x % 32] = extra;
       if (reads_beta()) token.beta = beta_activation(extra, p_.beta_mode);
+#pragma unroll
+      for (int j = 1; j < kBlockTokens; ++j) bits_[j - 1] = bits_[j];
     }
   }
 
@@ -118,11 +122,17 @@ class TokenReader {
     uint32_t q, k, g, extra;
   };
 
+  static __device__ __forceinline__ int64_t element(const TokenTensor& x, int64_t b, int64_t t,
+                                                    int h) {
+    return b * x.stride_b + t * x.stride_t + h * x.stride_h;
+  }
+  __device__ __forceinline__ DType extra_dtype() const {
+    return reads_v() ? p_.v.dtype : p_.beta.dtype;
+  }
+
   const Problem& p_;
-  GateParams gate_;
+  float A_log_ = 0.f, dt_bias_ = 0.f;
   int64_t q_, k_, g_, extra_;  // elements of the next token to fetch; extra is of v or of beta
-  int64_t extra_stride_;
-  DType extra_dtype_;
   Bits bits_[kBlockTokens];
 };
 
