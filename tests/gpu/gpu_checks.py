@@ -1,0 +1,47 @@
+"""What the tests here share: sequences of a packed problem, and errors against float64."""
+
+from __future__ import annotations
+
+from kda_bench.regimes import Problem
+from kda_bench.yardstick import kda_float64
+from torch import Tensor
+
+DEVICE = "cuda"
+
+# Relative error of one head of one sequence. Whole tensors are at 3e-3 to 7e-3; a single head of a
+# short sequence scatters about that. benchmarks/accuracy.py compares the whole with fla's.
+LIMIT = 1.5e-2
+
+PER_TOKEN = ("q", "k", "v", "g", "beta")
+
+
+def spans(seqlens: tuple[int, ...]) -> list[slice]:
+    """Where each sequence's tokens lie."""
+    ends = [sum(seqlens[: n + 1]) for n in range(len(seqlens))]
+    return [slice(end - length, end) for end, length in zip(ends, seqlens, strict=True)]
+
+
+def alone(problem: Problem, n: int, tokens: slice) -> dict:
+    """Arguments of the call for sequence n by itself, as a dense batch of one."""
+    call = dict(problem.arguments, cu_seqlens=None)
+    call |= {name: call[name][:, tokens] for name in PER_TOKEN}
+    call["initial_state"] = call["initial_state"][n : n + 1]
+    return call
+
+
+def assert_right(problem: Problem, seqlens: tuple[int, ...], o: Tensor, state: Tensor) -> None:
+    """Each head of each sequence against float64."""
+    o_ref, state_ref = kda_float64(**problem.reference_arguments())
+    for n, tokens in enumerate(spans(seqlens)):
+        what = f"sequence {n} of {seqlens[n]} tokens"
+        assert_close(o[0, tokens].transpose(0, 1), o_ref[0, tokens].transpose(0, 1), f"o, {what}")
+        assert_close(state[n], state_ref[n], f"state, {what}")
+
+
+def assert_close(x: Tensor, reference: Tensor, what: str) -> None:
+    """x and reference [heads, ., .]: the relative error of each head is within LIMIT."""
+    if not x.numel():
+        return
+    errors = (x.double() - reference).norm(dim=(1, 2)) / reference.norm(dim=(1, 2))
+    # Written so that NaN fails.
+    assert bool((errors <= LIMIT).all()), f"{what}: relative errors by head {errors.tolist()}"
