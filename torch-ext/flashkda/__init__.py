@@ -11,7 +11,11 @@ and `reference` is the specification in plain torch.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+
+from .integrity import check_shared_objects
 
 __version__ = "1.0.0"
 
@@ -24,6 +28,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH
     )
 
 try:
+    check_shared_objects(Path(__file__).parent)
     from . import _ops  # noqa: F401
 except (ImportError, OSError) as error:
     raise ImportError(

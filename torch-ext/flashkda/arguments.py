@@ -125,7 +125,7 @@ def _check_shared(
     _check_tokens(q, k, v, g, beta)
     scale = _check_scale(scale, q.shape[3])
     gate, bound, A_log, dt_bias = _check_gate(
-        g, use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias
+        q, g, use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias
     )
     beta_mode = _check_beta_mode(use_beta_sigmoid_in_kernel, allow_neg_eigval)
     N = q.shape[0] if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, q)
@@ -211,6 +211,7 @@ def _check_scale(scale: float | None, K: int) -> float:
 
 
 def _check_gate(
+    q: Tensor,
     g: Tensor,
     use_gate_in_kernel: bool,
     safe_gate: bool,
@@ -246,24 +247,24 @@ def _check_gate(
             )
     HV, K = g.shape[2], g.shape[3]
     if A_log is not None:
-        A_log = _gate_weight("A_log", A_log, g, HV, "HV")
+        A_log = _gate_weight("A_log", A_log, q, HV, "HV")
     if dt_bias is not None:
-        dt_bias = _gate_weight("dt_bias", dt_bias, g, HV * K, "HV * K")
+        dt_bias = _gate_weight("dt_bias", dt_bias, q, HV * K, "HV * K")
     if lower_bound is None:
         return GATE_SOFTPLUS, 0.0, A_log, dt_bias
     return GATE_BOUNDED, float(lower_bound), A_log, dt_bias
 
 
-def _gate_weight(name: str, x: Tensor, g: Tensor, size: int, meaning: str) -> Tensor:
+def _gate_weight(name: str, x: Tensor, q: Tensor, size: int, meaning: str) -> Tensor:
     if not isinstance(x, Tensor):
         _raise_not_a_tensor(**{name: x})
-    if x.dtype != torch.float32 and (x.dtype != torch.float64 or g.dtype != torch.float64):
+    if x.dtype != torch.float32 and (x.dtype != torch.float64 or q.dtype != torch.float64):
         _raise_dtype(name, x, (torch.float32,))
-    if x.device != g.device:
-        _raise_other_device(g.device, **{name: x})
+    if x.device != q.device:
+        _raise_other_device(q.device, **{name: x})
     if x.numel() != size:
         _raise_shape(name, x, f"{meaning} = {size} elements, in any shape")
-    return x.reshape(-1).contiguous()
+    return x if x.dim() == 1 and x.is_contiguous() else x.reshape(-1).contiguous()
 
 
 def _check_beta_mode(use_beta_sigmoid_in_kernel: bool, allow_neg_eigval: bool) -> int:
