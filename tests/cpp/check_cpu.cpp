@@ -401,7 +401,7 @@ void check_bits() {
 // another beta it is one rounding to fp32 and one to the dtype.
 void check_conversions() {
   for (DType dtype : {DType::kBF16, DType::kF16}) {
-    for (float factor : {1.f, 1 / 3.f}) {
+    for (float factor : {1.f, 1 / 3.f, 0.75f}) {  // the last gives ties
       Problem p;
       p.B = p.N = p.H = p.HV = p.K = 1, p.T = p.V = 256;
       const std::vector<float> none;
@@ -421,11 +421,63 @@ void check_conversions() {
         p.o = o.tensor();
         call(with, true, p, 1);
         for (int64_t i = 0; i < v.memory.size(); ++i) {
-          const float product = factor * static_cast<float>(v.memory.get(i));
-          if (std::fabs(product) < std::numeric_limits<float>::min()) continue;  // flushed to zero
+          const float x = static_cast<float>(v.memory.get(i)), product = factor * x;
+          if (std::fmin(std::fabs(x), std::fabs(product)) < std::numeric_limits<float>::min()) continue;  // flushed
           if (o.memory.bits(i) != encode(dtype, product)) {
             fail("%s: %g times %g was stored as %g", with.name, v.memory.get(i), factor, o.memory.value(i));
           }
+        }
+      }
+    }
+  }
+}
+
+// With K = V = 1 and q = k = 1: o is exp(g) where S = 1 and beta = 0, and it is beta where v = 1 and everything was forgotten.
+void check_functions() {
+  constexpr int64_t kSamples = 4000;
+  const std::vector<float> A_log{0.5f}, dt_bias{-0.25f};
+  const auto column = [](auto&& value) {
+    Tokens x(DType::kF32, kSamples, 1, 1, 1, Layout::kContiguous);
+    int64_t i = 0;
+    x.fill([&] { return value(static_cast<double>(i++) / kSamples); });
+    return x;
+  };
+  for (Gate gate : {Gate::kGiven, Gate::kSoftplus, Gate::kBounded}) {
+    Tokens one = column([](double) { return 1; }), zero = column([](double) { return 0; }), o = one;
+    Tokens g = column([&](double x) { return gate == Gate::kGiven ? -87 * x * x * x : 60 * x - 30; });
+    States S(DType::kF32, kSamples, 1, 1, 1, false, 0);
+    S.fill([] { return 1; });
+    Problem p;
+    p.B = p.N = kSamples, p.T = p.H = p.HV = p.K = p.V = 1;
+    p.gate = gate, p.lower_bound = -5;
+    const Inputs in{one, one, zero, g, zero, A_log, dt_bias};
+    for (const Implementation& with : implementations()) {
+      p.q = p.k = one.tensor(), p.v = p.beta = zero.tensor(), p.g = g.tensor(), p.o = o.tensor();
+      p.A_log = A_log.data(), p.dt_bias = dt_bias.data(), p.initial_state = S.tensor();
+      call(with, false, p, 1);
+      for (int64_t i = 0; i < kSamples; ++i) {
+        const double x = g.memory.get(i), expected = log_decay(p, in, 0, 0, x);
+        const double off = std::fabs(std::log(o.memory.value(i)) - expected);
+        if (expected > -87 && !(off <= 1.5e-7 + 2.5e-7 * std::fabs(expected))) {
+          fail("%s: gate %d of %g gives a decay of exp(%.9g), off by %.2e", with.name, int(gate), x, expected, off);
+        }
+      }
+    }
+  }
+  Tokens one = column([](double) { return 1; }), forget = column([](double) { return -1e30; }), o = one;
+  Tokens beta = column([](double x) { return 80 * x - 40; });
+  for (BetaMode mode : {BetaMode::kSigmoid, BetaMode::kTwiceSigmoid}) {
+    Problem p;
+    p.B = p.N = kSamples, p.T = p.H = p.HV = p.K = p.V = 1;
+    p.beta_mode = mode;
+    for (const Implementation& with : implementations()) {
+      p.q = p.k = p.v = one.tensor(), p.g = forget.tensor(), p.beta = beta.tensor(), p.o = o.tensor();
+      call(with, false, p, 1);
+      for (int64_t i = 0; i < kSamples; ++i) {
+        const double x = beta.memory.get(i);
+        const double expected = (mode == BetaMode::kSigmoid ? 1 : 2) / (1 + std::exp(-x));
+        if (!(std::fabs(o.memory.value(i) / expected - 1) <= 4e-7)) {
+          fail("%s: beta mode %d of %g gives %.9g instead of %.9g", with.name, int(mode), x, o.memory.value(i), expected);
         }
       }
     }
@@ -519,6 +571,7 @@ void check_pool() {
 
 int main() {
   check::check_conversions();
+  check::check_functions();
   check::check_results();
   check::check_long_memory();
   check::check_bits();
