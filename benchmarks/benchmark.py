@@ -35,11 +35,12 @@ class KimiDeltaAttention(Benchmark):
 
     def make(self, B: int, T: int) -> None:
         options = dict(device=self.device, dtype=torch.bfloat16)
-        self.inputs = [torch.randn(B, T, H, n, **options) for n in (K, K, V, K)]
-        self.inputs.append(torch.randn(B, T, H, **options))
+        q, k, v, g = (torch.randn(B, T, H, n, **options) for n in (K, K, V, K))
+        # The runner compares with an absolute tolerance of 1e-2: o must be far above it.
+        self.inputs = [q, k, 16 * v, g, torch.randn(B, T, H, **options)]
         self.A_log = 0.4 * torch.randn(H, device=self.device)
         self.dt_bias = torch.randn(H, K, device=self.device)
-        self.state = 0.1 * torch.randn(B, H, K, V, device=self.device)
+        self.state = torch.randn(B, H, K, V, device=self.device)
         self.out = torch.empty_like(self.inputs[2])
 
     def run(self, function) -> None:

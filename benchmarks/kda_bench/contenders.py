@@ -108,28 +108,20 @@ class Fla(Contender):
         return super().load()
 
     def prepare(self, cases: list[Case]) -> None:
-        """Fills Triton's cache: each number of heads compiles some 120 variants anew.
+        """Fills Triton's cache: each number of heads, packed or not, compiles some 120 variants anew.
 
-        All numbers of heads compile at the same time, each in a process of its own.
+        They compile at the same time, each in a process of its own.
         """
         self._shorten_autotuning()
-        pending = []
-        for heads in sorted({case.heads for case in cases}):
-            names = [case.name for case in cases if case.heads == heads]
-            command = [
-                sys.executable,
-                "-c",
-                _COMPILE_FLA,
-                os.path.dirname(os.path.dirname(__file__)),
-                *names,
-            ]
-            pending.append((names, subprocess.Popen(command)))
+        groups: dict[tuple[int, bool], list[str]] = {}
+        for case in cases:
+            groups.setdefault((case.heads, len(case.seqlens) > 1), []).append(case.name)
+        benchmarks = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        command = [sys.executable, "-c", _COMPILE_FLA, benchmarks]
+        pending = [(names, subprocess.Popen([*command, *names])) for names in groups.values()]
         for names, process in pending:
             if process.wait():
-                print(
-                    f"fla: compiling ahead for {', '.join(names)} failed; the first call compiles",
-                    file=sys.stderr,
-                )
+                print(f"fla: compiling ahead failed for {', '.join(names)}", file=sys.stderr)
 
     @staticmethod
     def tune_nothing() -> None:

@@ -63,8 +63,8 @@ def test_fwd_beside_flashkda(kda, seqlens, state_dtype):
     reference = dict(inputs, initial_state=inputs["initial_state"].mT)
     o_ref, state_ref = kda_float64(**reference, gate=2, lower_bound=-5.0, beta_mode=1, l2norm=True)
     for x, peer, exact in zip(ours, theirs, (o_ref, state_ref.mT), strict=True):
-        assert relative_error(x, exact) <= relative_error(peer, exact)
-        assert relative_error(x, peer) < 2e-2
+        assert relative_error(x, exact) < 1e-2
+        assert relative_error(x, peer.double()) < 2e-2
 
 
 @pytest.fixture

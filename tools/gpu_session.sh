@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# One command for a machine with a GPU and no network: `tools/gpu_session.sh tests compare ...`
+#
+#   parts    tests accuracy compare quick overhead sanitize bench demo   (default: all but quick and bench)
+#   OUT      where logs and results go (default /tmp/out)
+#   .whl     a folder of wheels that the machine lacks (tools/fetch_peers.sh fills it)
+#   .carry/fla-autotune.tgz   what flash-linear-attention's autotuning found before: spares minutes
+#
+# A part that fails does not stop the others; the last lines say how each ended.
+set -u
+cd "$(dirname "$0")/.."
+OUT=${OUT:-/tmp/out}
+PARTS=("$@")
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(tests accuracy compare overhead sanitize demo)
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1
+export LOCAL_KERNELS=${LOCAL_KERNELS:-moonshot/flashkda=$PWD}
+TRITON_CACHE=${TRITON_CACHE_DIR:-$HOME/.triton/cache}
+
+if compgen -G '.whl/*.whl' >/dev/null; then
+  SITE=/tmp/site
+  if [ ! -e "$SITE/.installed" ]; then
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+      --target "$SITE" .whl/*.whl && touch "$SITE/.installed"
+  fi
+  export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PATH=$SITE/bin:$PATH
+fi
+if [ -e .carry/fla-autotune.tgz ] && [ ! -e "$TRITON_CACHE" ]; then
+  mkdir -p "$TRITON_CACHE" && tar -xzf .carry/fla-autotune.tgz -C "$TRITON_CACHE"
+fi
+
+STARTED=$SECONDS
+ENDED=()
+
+# part NAME SECONDS COMMAND...: runs it with a limit, its output shown and kept.
+part() {
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  echo "=== $name (from $((SECONDS - STARTED)) s, at most $limit s): $*"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+  local status=${PIPESTATUS[0]}
+  ENDED+=("$name: status $status after $((SECONDS - start)) s")
+}
+
+nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader
+for name in "${PARTS[@]}"; do
+  case $name in
+    tests) part tests 280 python3 -m pytest -q -m gpu tests -p no:cacheprovider --durations=10 ;;
+    accuracy) part accuracy 200 python3 benchmarks/accuracy.py --out "$OUT" ;;
+    compare) part compare 560 python3 benchmarks/compare.py --out "$OUT" ;;
+    quick) part quick 240 python3 benchmarks/compare.py --quick --out "$OUT" ;;
+    overhead) part overhead 100 python3 benchmarks/overhead.py --out "$OUT" ;;
+    sanitize) part sanitize 500 python3 tools/sanitize.py --timeout 120 --out "$OUT/sanitize" ;;
+    bench) part bench 100 kernels benchmark "$PWD" --iterations 20 --warmup 3 ;;
+    demo) part demo 200 python3 examples/demo.py ;;
+    *) ENDED+=("$name: no such part") ;;
+  esac
+done
+
+if [ -e "$TRITON_CACHE" ]; then
+  (cd "$TRITON_CACHE" && find . -name '*.autotune.json' -print0 |
+    tar -czf "$OUT/fla-autotune.tgz" --null -T -)
+fi
+# A machine may send back few files: the logs and tables travel as one.
+tar -czf "$OUT/session.tgz" -C "$OUT" --exclude session.tgz .
+echo "=== after $((SECONDS - STARTED)) s"
+printf '%s\n' "${ENDED[@]}"

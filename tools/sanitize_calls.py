@@ -1,0 +1,90 @@
+"""A few small calls of every kernel, for compute-sanitizer (sanitize.py runs it).
+
+Inputs are made on the host and copied: what a copy wrote counts as initialised, and few kernels but
+the package's own run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from kda_bench.contenders import load_this  # noqa: E402
+from kda_bench.regimes import make_problem  # noqa: E402
+
+PACKED = (17, 0, 1, 64, 35)
+
+
+def to_gpu(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+
+
+def chunk_calls():
+    """Name and arguments: gates, layouts, dtypes, head dims, grouped heads, packed and dense."""
+
+    def call(regime: str, seqlens: tuple[int, ...] = PACKED, heads: int = 2) -> dict[str, Any]:
+        return make_problem(regime, seqlens, heads, "cpu").arguments
+
+    for regime in ("bounded, slow", "softplus, steep", "given, -1e-4 beside -1000"):
+        yield regime, call(regime)
+    yield "one dense sequence", call("bounded, usual", (70,))
+    fp16 = call("bounded, usual")
+    for name in ("q", "k", "v", "g", "beta"):
+        fp16[name] = fp16[name].half()
+    yield "fp16", fp16
+    v_first = call("bounded, usual")
+    v_first["initial_state"] = v_first["initial_state"].mT.contiguous().bfloat16()
+    yield "bf16 states, V first", v_first | {"state_v_first": True}
+    yield "no states", call("bounded, usual") | {"initial_state": None, "output_final_state": False}
+    grouped = call("bounded, usual", heads=4)
+    for name in ("q", "k"):
+        grouped[name] = grouped[name][:, :, :2]
+    yield "grouped heads, strided q and k", grouped
+    narrow = call("given, usual")
+    for name in ("q", "k", "v", "g"):
+        narrow[name] = narrow[name][..., :64].contiguous()
+    narrow["initial_state"] = narrow["initial_state"][..., :64, :64].contiguous()
+    yield "head dims of 64", narrow
+
+
+def recurrent_calls():
+    """Name and arguments: states, a pool, speculative decode, and rows to leave alone."""
+    tokens = make_problem("given, usual", (12,), 2, "cpu").arguments
+    del tokens["output_final_state"], tokens["initial_state"]
+    state = torch.randn(8, 2, 128, 128)
+
+    def batch(B: int) -> dict[str, Any]:
+        per_token = {n: tokens[n].reshape(B, 12 // B, *tokens[n].shape[2:]) for n in "qkvg"}
+        return tokens | per_token | {"beta": tokens["beta"].reshape(B, 12 // B, -1)}
+
+    yield "states", batch(4) | {"initial_state": state[:4], "output_final_state": True}
+    pool = {"initial_state": state, "inplace_final_state": True}
+    rows = torch.tensor([5, -1, 0, 99, 2, 7, 1, 3, 4, 6, -1, -1], dtype=torch.int32)
+    yield "a pool", batch(12) | pool | {"ssm_state_indices": rows}
+    speculative = rows.reshape(4, 3)
+    accepted = torch.tensor([1, 3, 2, 1], dtype=torch.int32)
+    indices = {"ssm_state_indices": speculative, "num_accepted_tokens": accepted}
+    yield "speculative", batch(4) | pool | indices
+    packed = torch.tensor([0, 3, 3, 12], dtype=torch.int32)
+    yield "packed", batch(1) | {"initial_state": state[:3], "cu_seqlens": packed}
+
+
+def main() -> None:
+    kernel = load_this()
+    functions = [(kernel.chunk_kda, chunk_calls()), (kernel.fused_recurrent_kda, recurrent_calls())]
+    with torch.inference_mode():
+        for function, calls in functions:
+            for name, call in calls:
+                print(f"{function.__name__}: {name}", flush=True)
+                function(**to_gpu(call))
+                torch.cuda.synchronize()
+    print("all calls ran")
+
+
+if __name__ == "__main__":
+    main()
