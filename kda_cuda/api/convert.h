@@ -41,11 +41,6 @@ class __attribute__((visibility("hidden"))) Launch {
   cudaStream_t stream_ = nullptr;
 };
 
-inline void check_launch(cudaError_t error, const char* kernel) {
-  STD_TORCH_CHECK(error == cudaSuccess, kernel,
-                  " could not be launched: ", cudaGetErrorString(error));
-}
-
 inline DType to_dtype(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case torch::headeronly::ScalarType::Float:
