@@ -1,6 +1,7 @@
 // The recurrent ops on tensors.
 #include "../sm80/decode/launch.h"
 #include "convert.h"
+#include "device.h"
 #include "kda_api.h"
 
 namespace flashkda::cuda {
@@ -27,6 +28,13 @@ Pool to_pool(const std::optional<Tensor>& state_indices,
   return pool;
 }
 
+void run(const Problem& p, const Pool& pool, const Tensor& q) {
+  const Launch launch(q);
+  const Device& device = device_properties(launch.device());
+  check_launch(sm80::decode::launch(p, pool, device.multiprocessors, launch.stream()),
+               "fused_recurrent_kda", launch.device());
+}
+
 }  // namespace
 
 void recurrent_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
@@ -41,10 +49,7 @@ void recurrent_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const 
   const Problem p =
       to_problem(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o, final_state, scale,
                  gate, lower_bound, beta_mode, l2norm, state_v_first);
-  const Launch launch(q);
-  check_launch(
-      sm80::decode::launch(p, to_pool(state_indices, num_accepted_tokens, false), launch.stream()),
-      "recurrent_kda_fwd");
+  run(p, to_pool(state_indices, num_accepted_tokens, false), q);
 }
 
 void recurrent_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
@@ -57,10 +62,7 @@ void recurrent_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, c
                             bool l2norm, bool state_v_first) {
   const Problem p = to_problem(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, o, state, scale,
                                gate, lower_bound, beta_mode, l2norm, state_v_first);
-  const Launch launch(q);
-  check_launch(
-      sm80::decode::launch(p, to_pool(state_indices, num_accepted_tokens, true), launch.stream()),
-      "recurrent_kda_pool_fwd");
+  run(p, to_pool(state_indices, num_accepted_tokens, true), q);
 }
 
 }  // namespace flashkda::cuda
