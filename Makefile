@@ -31,8 +31,8 @@ build: setup  ## the variant for this machine's torch, into build/
 build-cpu: setup  ## the CPU variant, into build/
 	$(BUILD) --backend cpu
 
-build-all: setup  ## as build, for every architecture of build.toml
-	$(BUILD) --cuda-archs all
+build-all: override CUDA_ARCHS = all
+build-all: build  ## as build, for every architecture of build.toml
 
 demo: build  ## a Kimi Linear model of transformers with its KDA layers from this build
 	$(PYTHON) examples/demo.py

@@ -7,6 +7,7 @@ usual ways of calling it.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import filecmp
 import os
 import shutil
@@ -195,6 +196,10 @@ def build() -> None:
     )
     steps.step(f"generate the CMake project{shown}")
     project = Project(backend, builder)
+    project.folder.mkdir(parents=True, exist_ok=True)
+    # One build at a time works in the folder; it is released when this process ends.
+    lock = (project.folder / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
     project.generate(wanted, arguments.id)
     steps.step(f"configure with torch {torch[0]}")
     configure(project, torch)

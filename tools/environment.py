@@ -18,6 +18,7 @@ GENERATED = ROOT / ".generated"
 
 BUILDER_VERSION = "0.16.2"
 CUTLASS = TOOLCHAIN / "cutlass"
+NEXT_CLIENT = TOOLCHAIN / "next"
 
 
 def fingerprint(*parts: str | bytes) -> str:

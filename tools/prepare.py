@@ -10,15 +10,27 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import venv
 import zipfile
 from pathlib import Path
 
 from console import Steps, ToolError, main, run
-from environment import BUILDER_VERSION, CUTLASS, ROOT, TOOLCHAIN, VENV, fingerprint, kernel_builder
+from environment import (
+    BUILDER_VERSION,
+    CUTLASS,
+    NEXT_CLIENT,
+    ROOT,
+    TOOLCHAIN,
+    VENV,
+    fingerprint,
+    installed_cuda,
+    kernel_builder,
+)
 
 VENV_PYTHON = VENV / "bin/python"
+PIP = (VENV_PYTHON, "-m", "pip", "--no-input", "--disable-pip-version-check")
 
 # (program, what it is for, the Debian packages that bring it)
 PROGRAMS = (
@@ -33,7 +45,7 @@ def check_prerequisites() -> None:
     missing = []
     if platform.system() != "Linux":
         missing.append("Linux is needed: kernel-builder's Nix build serves other systems (README).")
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 (this runs before a Python is chosen)
         missing.append(
             f"Python 3.10 or newer is needed and this is {platform.python_version()}: "
             "apt-get install python3, then make PYTHON3=/path/to/it."
@@ -42,7 +54,7 @@ def check_prerequisites() -> None:
         import ensurepip  # noqa: F401
     except ImportError:
         missing.append("Python's venv module is missing: apt-get install python3-venv.")
-    include = Path(subprocess_sysconfig("include")) / "Python.h"
+    include = Path(sysconfig.get_path("include")) / "Python.h"
     if not include.exists():
         missing.append(f"Python's headers are missing ({include}): apt-get install python3-dev.")
     for program, reason, packages in PROGRAMS:
@@ -57,26 +69,26 @@ def check_prerequisites() -> None:
         raise ToolError("prerequisites are missing:\n  " + "\n  ".join(missing))
 
 
-def subprocess_sysconfig(name: str) -> str:
-    import sysconfig
-
-    return sysconfig.get_path(name)
-
-
-def requirements(file: str) -> None:
-    """Install one requirements file into .venv unless its stamp says that it is there."""
+def requirements(file: str, target: Path | None = None) -> None:
+    """Install one requirements file into .venv, or without dependencies into `target`, unless a stamp
+    says that it is there.
+    """
     pins = ROOT / file
     constraints = ROOT / "constraints.txt"
-    stamp = VENV / f".stamp-{pins.stem}"
+    stamp = (target or VENV) / f".stamp-{pins.stem}"
     content = fingerprint(pins.read_bytes(), constraints.read_bytes(), platform.python_version())
     if stamp.exists() and stamp.read_text() == content:
         print(f"    {file}: installed", flush=True)
         return
+    if target is None:
+        options = ["-c", constraints]
+    else:
+        shutil.rmtree(target, ignore_errors=True)
+        options = ["--no-deps", "--target", target]
     run(
-        [VENV_PYTHON, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
-         "--progress-bar=off", "-r", pins, "-c", constraints],
+        [*PIP, "install", "--progress-bar=off", *options, "-r", pins],
         failure=f"pip could not install {file}; check the connection to PyPI and the free disk space",
-    )  # fmt: skip
+    )
     stamp.write_text(content)
 
 
@@ -127,10 +139,9 @@ def install_cutlass() -> None:
     shutil.rmtree(CUTLASS, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         run(
-            [VENV_PYTHON, "-m", "pip", "download", "--no-deps", "--no-input", "--progress-bar=off",
-             "--disable-pip-version-check", "-d", folder, wheel],
+            [*PIP, "download", "--progress-bar=off", "--no-deps", "-d", folder, wheel],
             failure=f"pip could not fetch {wheel}, which carries the CUTLASS headers",
-        )  # fmt: skip
+        )
         (archive,) = Path(folder).glob("*.whl")
         prefix = "flashinfer/data/cutlass/"
         with zipfile.ZipFile(archive) as content:
@@ -152,6 +163,7 @@ def prepare() -> None:
     steps.step("Python packages (the first time about 2 GB for torch)")
     requirements("requirements.txt")
     requirements("requirements-dev.txt")
+    requirements("requirements-next.txt", NEXT_CLIENT)
     steps.step(f"kernel-builder {BUILDER_VERSION} (the first time some minutes of cargo)")
     install_kernel_builder()
     steps.step("what compiles CUDA")
@@ -159,8 +171,6 @@ def prepare() -> None:
     if cuda is None:
         print("    torch is CPU-only: nothing needed", flush=True)
     else:
-        from environment import installed_cuda
-
         toolkit = installed_cuda(cuda)
         if toolkit is None:
             requirements("requirements-cuda.txt")

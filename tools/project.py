@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tomlkit
+
 from console import ToolError, run
 from environment import BUILDER_VERSION, GENERATED, ROOT, fingerprint
 
@@ -96,7 +97,6 @@ class Project:
         """Bring the folder up to date with build.toml; files that do not change keep their times."""
         document = tomlkit.parse((ROOT / "build.toml").read_text())
         sources = listed_sources(document)
-        self.folder.mkdir(parents=True, exist_ok=True)
         generated = [Path("torch-ext/registration.h"), PYTHON_PACKAGE / "_ops.py"]
         mirror(sources, self.folder, generated)
         text = narrowed(document, wanted)
