@@ -12,7 +12,7 @@ SETUP := $(PYTHON3) tools/prepare.py
 else
 SETUP := @true
 endif
-BUILD := $(PYTHON) tools/build.py --cuda-archs "$(CUDA_ARCHS)" $(if $(JOBS),--jobs $(JOBS))
+BUILD = $(PYTHON) tools/build.py --cuda-archs "$(CUDA_ARCHS)" $(if $(JOBS),--jobs $(JOBS))
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .PHONY: help setup build build-cpu build-all demo test bench format lint clean
