@@ -45,7 +45,8 @@ part() {
 nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader
 for name in "${PARTS[@]}"; do
   case $name in
-    tests) part tests 280 python3 -m pytest -q -m gpu tests -p no:cacheprovider --durations=10 ;;
+    # Several processes: the float64 references of tests/ run on the CPU.
+    tests) OMP_NUM_THREADS=2 part tests 420 python3 -m pytest -q -n 6 -m gpu --durations=10 tests ;;
     accuracy) part accuracy 200 python3 benchmarks/accuracy.py --out "$OUT" ;;
     compare) part compare 560 python3 benchmarks/compare.py --out "$OUT" ;;
     quick) part quick 240 python3 benchmarks/compare.py --quick --out "$OUT" ;;

@@ -55,11 +55,11 @@ def run_fwd(fwd, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seqlens", [(8192,), MIXED, (1024,) * 8], ids=["fixed", "mixed", "equal"])
-def test_fwd_beside_flashkda(kda, seqlens, state_dtype):
+def test_fwd_beside_flashkda(flashkda, seqlens, state_dtype):
     flash_kda = pytest.importorskip("flash_kda")
     inputs = flashkda_inputs(seqlens, 12, state_dtype)
     theirs = run_fwd(flash_kda.fwd, inputs)
-    ours = run_fwd(kda.fwd, inputs)
+    ours = run_fwd(flashkda.fwd, inputs)
     reference = dict(inputs, initial_state=inputs["initial_state"].mT)
     o_ref, state_ref = kda_float64(**reference, gate=2, lower_bound=-5.0, beta_mode=1, l2norm=True)
     for x, peer, exact in zip(ours, theirs, (o_ref, state_ref.mT), strict=True):
@@ -68,12 +68,12 @@ def test_fwd_beside_flashkda(kda, seqlens, state_dtype):
 
 
 @pytest.fixture
-def registered(kda, monkeypatch):
+def registered(flashkda, monkeypatch):
     """flash-linear-attention's functions with this package in front."""
     pytest.importorskip("fla")
     contenders.Fla().load()
     monkeypatch.setenv("FLA_FLASHKDA", "1")
-    kda.register_fla_backend()
+    flashkda.register_fla_backend()
     import fla.ops.kda
 
     return fla.ops.kda
@@ -81,9 +81,9 @@ def registered(kda, monkeypatch):
 
 @pytest.mark.parametrize("regime", ["bounded, usual", "softplus, usual", "given, usual"])
 @pytest.mark.parametrize("seqlens", [(300,), (130, 1, 64)])
-def test_flas_chunk_kda_calls_this_package(kda, registered, regime, seqlens, monkeypatch):
+def test_flas_chunk_kda_calls_this_package(flashkda, registered, regime, seqlens, monkeypatch):
     call = make_problem(regime, seqlens, 4, DEVICE).arguments
-    expected = kda.chunk_kda(**call)
+    expected = flashkda.chunk_kda(**call)
     o, state = registered.chunk_kda(**call)
     assert torch.equal(o, expected[0]) and torch.equal(state, expected[1])
     # Without this package the same call takes fla's kernels, whose bits differ.
@@ -94,16 +94,16 @@ def test_flas_chunk_kda_calls_this_package(kda, registered, regime, seqlens, mon
     assert relative_error(o, o_fla.double()) < 2e-2
 
 
-def test_flas_fused_recurrent_kda_calls_this_package(kda, registered):
+def test_flas_fused_recurrent_kda_calls_this_package(flashkda, registered):
     call = make_problem("given, usual", (4,), 4, DEVICE).arguments
     del call["use_gate_in_kernel"]
     call["g"] = call["g"].bfloat16()
-    expected = kda.fused_recurrent_kda(**call)
+    expected = flashkda.fused_recurrent_kda(**call)
     o, state = registered.fused_recurrent_kda(**call)
     assert torch.equal(o, expected[0]) and torch.equal(state, expected[1])
 
 
-def test_what_is_declined_stays_with_fla(kda, registered, caplog):
+def test_what_is_declined_stays_with_fla(flashkda, registered, caplog):
     """Intermediate states are fla's to compute; the log says why this package did not."""
     contenders.Fla.tune_nothing()
     call = make_problem("bounded, usual", (128,), 4, DEVICE).arguments

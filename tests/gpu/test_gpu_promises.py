@@ -44,8 +44,8 @@ def captured(call):
     return graph, result
 
 
-def test_graph_replayed_with_other_sequences(kda, problem):
-    graph, (o, state) = captured(lambda: kda.chunk_kda(**problem.arguments))
+def test_graph_replayed_with_other_sequences(flashkda, problem):
+    graph, (o, state) = captured(lambda: flashkda.chunk_kda(**problem.arguments))
     total = sum(SEQLENS)
     packings = [
         (total, 0, 0, 0, 0, 0),
@@ -58,15 +58,15 @@ def test_graph_replayed_with_other_sequences(kda, problem):
         o.fill_(torch.nan)
         state.fill_(torch.nan)
         graph.replay()
-        o_eager, state_eager = kda.chunk_kda(**problem.arguments)
+        o_eager, state_eager = flashkda.chunk_kda(**problem.arguments)
         assert torch.equal(o, o_eager) and torch.equal(state, state_eager)
         assert torch.isfinite(o).all() and torch.isfinite(state).all()
 
 
-def test_decode_graph_replayed_with_other_rows(kda):
+def test_decode_graph_replayed_with_other_rows(flashkda):
     call = decode_arguments()
     pool, rows = call["initial_state"], call["ssm_state_indices"]
-    graph, (o, _) = captured(lambda: kda.fused_recurrent_kda(**call))
+    graph, (o, _) = captured(lambda: flashkda.fused_recurrent_kda(**call))
     for _ in range(4):
         rows.copy_(torch.randperm(pool.shape[0], device=DEVICE)[: rows.numel()])
         call["q"].copy_(torch.randn_like(call["q"]))
@@ -74,7 +74,7 @@ def test_decode_graph_replayed_with_other_rows(kda):
         graph.replay()
         after = pool.clone()
         pool.copy_(before)
-        o_eager, _ = kda.fused_recurrent_kda(**call)
+        o_eager, _ = flashkda.fused_recurrent_kda(**call)
         assert torch.equal(o, o_eager) and torch.equal(after, pool)
         untouched = torch.ones(pool.shape[0], dtype=torch.bool, device=DEVICE)
         untouched[rows.long()] = False
@@ -82,27 +82,27 @@ def test_decode_graph_replayed_with_other_rows(kda):
         assert not torch.equal(pool[rows.long()], before[rows.long()])
 
 
-def test_two_streams(kda):
+def test_two_streams(flashkda):
     problems = [
         make_problem("bounded, slow", SEQLENS, 3, DEVICE, seed=1),
         make_problem("given, to -1000", (512,), 5, DEVICE, seed=2),
     ]
-    expected = [kda.chunk_kda(**p.arguments) for p in problems]
+    expected = [flashkda.chunk_kda(**p.arguments) for p in problems]
     streams = [torch.cuda.Stream() for _ in problems]
     torch.cuda.synchronize()
     for _ in range(50):
         results = []
         for stream, p in zip(streams, problems, strict=True):
             with torch.cuda.stream(stream):
-                results.append(kda.chunk_kda(**p.arguments))
+                results.append(flashkda.chunk_kda(**p.arguments))
         torch.cuda.synchronize()
         for (o, state), (o_ref, state_ref) in zip(results, expected, strict=True):
             assert torch.equal(o, o_ref) and torch.equal(state, state_ref)
 
 
-def test_work_waits_for_the_current_stream(kda, problem):
+def test_work_waits_for_the_current_stream(flashkda, problem):
     """A call on a stream sees what that stream wrote before it, however late that is."""
-    expected = kda.chunk_kda(**problem.arguments)
+    expected = flashkda.chunk_kda(**problem.arguments)
     q = problem.arguments["q"].clone()
     problem.arguments["q"].fill_(torch.nan)
     stream = torch.cuda.Stream()
@@ -110,7 +110,7 @@ def test_work_waits_for_the_current_stream(kda, problem):
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         problem.arguments["q"].copy_(q)
-        o, state = kda.chunk_kda(**problem.arguments)
+        o, state = flashkda.chunk_kda(**problem.arguments)
     torch.cuda.synchronize()
     assert torch.equal(o, expected[0]) and torch.equal(state, expected[1])
 
@@ -124,24 +124,24 @@ def poison_free_memory() -> None:
 
 
 @pytest.mark.parametrize("regime", ["bounded, slow", "softplus, steep", "given, to -1000"])
-def test_poisoned_outputs_and_workspaces(kda, regime):
+def test_poisoned_outputs_and_workspaces(flashkda, regime):
     call = make_problem(regime, SEQLENS, 3, DEVICE).arguments
-    o_ref, state_ref = kda.chunk_kda(**call)
+    o_ref, state_ref = flashkda.chunk_kda(**call)
     out = torch.empty_like(o_ref)
     for _ in range(3):
         poison_free_memory()
         out.fill_(torch.nan)
-        o, state = kda.chunk_kda(**call, out=out)
+        o, state = flashkda.chunk_kda(**call, out=out)
         assert o.data_ptr() == out.data_ptr()
         assert torch.equal(out, o_ref) and torch.equal(state, state_ref)
         assert torch.isfinite(out).all() and torch.isfinite(state).all()
 
 
-def test_out_may_be_a_view_and_its_surroundings_stay(kda, problem):
-    o_ref, _ = kda.chunk_kda(**problem.arguments)
+def test_out_may_be_a_view_and_its_surroundings_stay(flashkda, problem):
+    o_ref, _ = flashkda.chunk_kda(**problem.arguments)
     wide = torch.full((1, sum(SEQLENS) + 2, 5, 160), 7.0, device=DEVICE, dtype=o_ref.dtype)
     view = wide[:, 1:-1, 1:4, 16:144]
-    kda.chunk_kda(**problem.arguments, out=view)
+    flashkda.chunk_kda(**problem.arguments, out=view)
     assert torch.equal(view, o_ref)
     view.fill_(7.0)
     assert bool((wide == 7.0).all())
@@ -149,12 +149,12 @@ def test_out_may_be_a_view_and_its_surroundings_stay(kda, problem):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", [*PER_TOKEN, "initial_state"])
-def test_nan_stays_in_its_sequence_and_head(kda, problem, name, value):
+def test_nan_stays_in_its_sequence_and_head(flashkda, problem, name, value):
     if value == torch.inf and name in ("g", "beta"):
         pytest.skip("an infinite logit is a gate or a write strength of 0 or 1")
     head, n = 1, 3
     tokens = spans(SEQLENS)[n]
-    o_ref, state_ref = kda.chunk_kda(**problem.arguments)
+    o_ref, state_ref = flashkda.chunk_kda(**problem.arguments)
     tainted = problem.arguments[name]
     if name == "initial_state":
         tainted[n, head, 5, 7] = value
@@ -162,7 +162,7 @@ def test_nan_stays_in_its_sequence_and_head(kda, problem, name, value):
         tainted[0, tokens.start + 20, head] = value
     else:
         tainted[0, tokens.start + 20, head, 5] = value
-    o, state = kda.chunk_kda(**problem.arguments)
+    o, state = flashkda.chunk_kda(**problem.arguments)
     assert not torch.isfinite(o[0, tokens, head]).all() or not torch.isfinite(state[n, head]).all()
     o[0, tokens, head] = o_ref[0, tokens, head]
     state[n, head] = state_ref[n, head]
@@ -170,29 +170,29 @@ def test_nan_stays_in_its_sequence_and_head(kda, problem, name, value):
 
 
 @pytest.mark.parametrize("seqlens, heads", [(SEQLENS, 3), ((2048,), 12)])
-def test_two_hundred_runs_give_the_same_bits(kda, seqlens, heads):
+def test_two_hundred_runs_give_the_same_bits(flashkda, seqlens, heads):
     call = make_problem("bounded, slow", seqlens, heads, DEVICE).arguments
-    o_ref, state_ref = kda.chunk_kda(**call)
+    o_ref, state_ref = flashkda.chunk_kda(**call)
     # Compared on the device: one flag is read at the end.
     same = torch.ones((), dtype=torch.bool, device=DEVICE)
     for _ in range(200):
-        o, state = kda.chunk_kda(**call)
+        o, state = flashkda.chunk_kda(**call)
         same &= (o == o_ref).all() & (state == state_ref).all()
     assert bool(same)
 
 
-def test_two_hundred_decode_steps_give_the_same_bits(kda):
+def test_two_hundred_decode_steps_give_the_same_bits(flashkda):
     call = decode_arguments(B=16)
     start = call["initial_state"].clone()
-    o_ref = kda.fused_recurrent_kda(**call)[0]
+    o_ref = flashkda.fused_recurrent_kda(**call)[0]
     state_ref = call["initial_state"].clone()
     for _ in range(200):
         call["initial_state"].copy_(start)
-        o, _ = kda.fused_recurrent_kda(**call)
+        o, _ = flashkda.fused_recurrent_kda(**call)
         assert torch.equal(o, o_ref) and torch.equal(call["initial_state"], state_ref)
 
 
-def test_more_than_two_to_the_31_elements(kda):
+def test_more_than_two_to_the_31_elements(flashkda):
     """T*H*K = 262144*96*128: offsets of tokens do not fit 32 bits."""
     T, H, K = 262144, 96, 128
     if torch.cuda.mem_get_info()[0] < 60 << 30:
@@ -207,7 +207,7 @@ def test_more_than_two_to_the_31_elements(kda):
     state = 0.1 * torch.randn(2, H, K, K, **options)
     cu_seqlens = torch.tensor([0, T - 3000, T], device=DEVICE)
     gate = {"lower_bound": -5.0, "A_log": A_log, "dt_bias": dt_bias}
-    o, final_state = kda.chunk_kda(
+    o, final_state = flashkda.chunk_kda(
         q, k, v, g, beta, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens,
         use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
         **gate,
@@ -240,26 +240,26 @@ def test_more_than_two_to_the_31_elements(kda):
         ("cu_seqlens", lambda x: x.float()),
     ],
 )
-def test_refused_on_a_gpu(kda, problem, name, wrong):
+def test_refused_on_a_gpu(flashkda, problem, name, wrong):
     """A tensor on the wrong device, or of the wrong dtype, is named; nothing is written."""
     out = torch.full_like(problem.arguments["v"], 7.0)
     problem.arguments[name] = wrong(problem.arguments[name])
     with pytest.raises((TypeError, ValueError), match=name):
-        kda.chunk_kda(**problem.arguments, out=out)
+        flashkda.chunk_kda(**problem.arguments, out=out)
     assert bool((out == 7.0).all())
 
 
-def test_fp32_tokens_are_refused_on_a_gpu(kda, problem):
+def test_fp32_tokens_are_refused_on_a_gpu(flashkda, problem):
     for name in ("q", "k", "v"):
         problem.arguments[name] = problem.arguments[name].float()
     with pytest.raises((TypeError, NotImplementedError), match="float32"):
-        kda.chunk_kda(**problem.arguments)
+        flashkda.chunk_kda(**problem.arguments)
 
 
-def test_head_dims_are_refused_by_name(kda, problem):
+def test_head_dims_are_refused_by_name(flashkda, problem):
     for name in ("q", "k", "g"):
         problem.arguments[name] = problem.arguments[name][..., :96].contiguous()
     problem.arguments["initial_state"] = problem.arguments["initial_state"][:, :, :96].contiguous()
     problem.arguments["dt_bias"] = problem.arguments["dt_bias"].view(3, 128)[:, :96].contiguous()
     with pytest.raises((TypeError, ValueError, NotImplementedError), match="96"):
-        kda.chunk_kda(**problem.arguments)
+        flashkda.chunk_kda(**problem.arguments)
