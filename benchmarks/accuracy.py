@@ -95,7 +95,7 @@ def main() -> int:
     for name, reason in absent.items():
         print(f"{name} is not installed ({reason})")
 
-    result = report.header(kernel.__name__) | {"rows": []}
+    result = report.header() | {"rows": []}
     points = [(regime, seqlens) for regime in REGIMES for seqlens in LENGTHS]
     for seed, (regime, seqlens) in enumerate(points):
         row = measure(regime, seqlens, functions, seed)

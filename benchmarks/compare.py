@@ -162,8 +162,7 @@ def main() -> int:
         contender.prepare(options.cases)
         print(f"[{time.monotonic() - started:4.0f} s] {contender.name} is ready", flush=True)
 
-    build = contenders.load_this().__name__ if any(c.name == "this" for c in present) else None
-    result = report.header(build) | {"copy_tb_s": round(timing.copy_tb_s(), 4), "rows": []}
+    result = report.header() | {"copy_tb_s": round(timing.copy_tb_s(), 4), "rows": []}
     print(f"{result['device']}, copy bandwidth {result['copy_tb_s']:.2f} TB/s", flush=True)
     timer = timing.Timer(options.budget)
     points = [(case, gate) for case in options.cases for gate in options.gate]

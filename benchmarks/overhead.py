@@ -78,7 +78,7 @@ def main() -> None:
     one = cases.make_inputs(cases.Case(4, (8,)), "fast", "cuda")
     calls.append(("fused_recurrent_kda B=8 H=4, this", decode_call(kernel, one)))
 
-    result = report.header(kernel.__name__) | {"rows": []}
+    result = report.header() | {"rows": []}
     for name, call in calls:
         times = host_us(call)
         row = {

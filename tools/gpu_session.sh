@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # One command for a machine with a GPU and no network: `tools/gpu_session.sh tests compare ...`
 #
-#   parts    tests accuracy compare quick overhead sanitize bench demo   (default: all but quick and bench)
-#   OUT      where logs and results go (default /tmp/out)
+#   parts    tests accuracy compare quick overhead sanitize bench demo
+#            (default: all but quick, which is a short compare, and bench)
+#   OUT      where session.tgz (logs and results) and fla-autotune.tgz go (default /tmp/out)
+#   LIMIT    seconds for all parts together (default 570); the part that meets it is cut short
+#   FLASHKDA_COMMIT   the commit under test, where the tree came without its history
 #   .whl     a folder of wheels that the machine lacks (tools/fetch_peers.sh fills it)
 #   .carry/fla-autotune.tgz   what flash-linear-attention's autotuning found before: spares minutes
 #
@@ -10,8 +13,10 @@
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-/tmp/out}
+LIMIT=${LIMIT:-570}
 PARTS=("$@")
 [ ${#PARTS[@]} -gt 0 ] || PARTS=(tests accuracy compare overhead sanitize demo)
+RESULTS=$(mktemp -d)
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1
 export LOCAL_KERNELS=${LOCAL_KERNELS:-moonshot/flashkda=$PWD}
@@ -29,17 +34,29 @@ if [ -e .carry/fla-autotune.tgz ] && [ ! -e "$TRITON_CACHE" ]; then
   mkdir -p "$TRITON_CACHE" && tar -xzf .carry/fla-autotune.tgz -C "$TRITON_CACHE"
 fi
 
-STARTED=$SECONDS
 ENDED=()
+
+# A machine may send back few files, and may be taken away: all travels as one, after every part.
+pack() {
+  tar -czf "$OUT/session.tgz" -C "$RESULTS" .
+  [ ! -e "$TRITON_CACHE" ] || (cd "$TRITON_CACHE" && find . -name '*.autotune.json' -print0 |
+    tar -czf "$OUT/fla-autotune.tgz" --null -T -)
+}
 
 # part NAME SECONDS COMMAND...: runs it with a limit, its output shown and kept.
 part() {
   local name=$1 limit=$2 start=$SECONDS
   shift 2
-  echo "=== $name (from $((SECONDS - STARTED)) s, at most $limit s): $*"
-  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+  [ "$limit" -lt $((LIMIT - SECONDS)) ] || limit=$((LIMIT - SECONDS))
+  if [ "$limit" -lt 5 ]; then
+    ENDED+=("$name: not run, no time left")
+    return
+  fi
+  echo "=== $name (from $start s, at most $limit s): $*"
+  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$RESULTS/$name.log"
   local status=${PIPESTATUS[0]}
   ENDED+=("$name: status $status after $((SECONDS - start)) s")
+  pack
 }
 
 nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader
@@ -47,22 +64,16 @@ for name in "${PARTS[@]}"; do
   case $name in
     # Several processes: the float64 references of tests/ run on the CPU.
     tests) OMP_NUM_THREADS=2 part tests 420 python3 -m pytest -q -n 6 -m gpu --durations=10 tests ;;
-    accuracy) part accuracy 200 python3 benchmarks/accuracy.py --out "$OUT" ;;
-    compare) part compare 560 python3 benchmarks/compare.py --out "$OUT" ;;
-    quick) part quick 240 python3 benchmarks/compare.py --quick --out "$OUT" ;;
-    overhead) part overhead 100 python3 benchmarks/overhead.py --out "$OUT" ;;
-    sanitize) part sanitize 500 python3 tools/sanitize.py --timeout 120 --out "$OUT/sanitize" ;;
+    accuracy) part accuracy 200 python3 benchmarks/accuracy.py --out "$RESULTS" ;;
+    compare) part compare 560 python3 benchmarks/compare.py --out "$RESULTS" ;;
+    quick) part quick 240 python3 benchmarks/compare.py --quick --out "$RESULTS" ;;
+    overhead) part overhead 100 python3 benchmarks/overhead.py --out "$RESULTS" ;;
+    sanitize) part sanitize 500 python3 tools/sanitize.py --timeout 120 --out "$RESULTS/sanitize" ;;
     bench) part bench 100 kernels benchmark "$PWD" --iterations 20 --warmup 3 ;;
     demo) part demo 200 python3 examples/demo.py ;;
     *) ENDED+=("$name: no such part") ;;
   esac
 done
 
-if [ -e "$TRITON_CACHE" ]; then
-  (cd "$TRITON_CACHE" && find . -name '*.autotune.json' -print0 |
-    tar -czf "$OUT/fla-autotune.tgz" --null -T -)
-fi
-# A machine may send back few files: the logs and tables travel as one.
-tar -czf "$OUT/session.tgz" -C "$OUT" --exclude session.tgz .
-echo "=== after $((SECONDS - STARTED)) s"
+echo "=== after $SECONDS s"
 printf '%s\n' "${ENDED[@]}"

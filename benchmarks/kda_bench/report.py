@@ -34,26 +34,24 @@ Row = dict[str, Any]
 COLORS = ("#c1121f", "#adb5bd", "#30638e", "#edae49")
 
 
-def header(build: str | None) -> dict[str, Any]:
-    """What produced a result; `build` names the loaded build of this package."""
+def header() -> dict[str, Any]:
+    """What produced a result."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit(build),
+        "commit": commit(),
         "device": device,
     }
 
 
-def commit(build: str | None) -> str | None:
-    """The checkout's commit; where the tree has no history, the one in the build's name."""
+def commit() -> str | None:
+    """The checkout's commit; where the tree came without its history, what FLASHKDA_COMMIT says."""
+    command = ["git", "rev-parse", "HEAD"]
     try:
-        here = Path(__file__).parent
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        return found.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return build.rsplit("_", 1)[-1] if build else None
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return os.environ.get("FLASHKDA_COMMIT")
+    return found.stdout.strip() or os.environ.get("FLASHKDA_COMMIT")
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

@@ -118,7 +118,7 @@ def rows():
 
 
 def test_report_counts_only_what_finished(tmp_path):
-    result = report.header(None) | {"copy_tb_s": 4.27, "rows": rows()}
+    result = report.header() | {"copy_tb_s": 4.27, "rows": rows()}
     report.write_json(tmp_path / "prefill.json", result)
     assert json.loads((tmp_path / "prefill.json").read_text()) == result
     assert set(result) == {"command", "commit", "device", "copy_tb_s", "rows"}
