@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-# The float64 recurrence is thousands of small operations: threads that spin while they wait for each other make it
-# twenty times slower on a machine with other work. Read when torch is first imported.
+# The float64 recurrence is thousands of small operations: threads that spin while they wait for
+# each other make it twenty times slower on a machine with other work. Read when torch is first
+# imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -28,7 +29,9 @@ def flashkda():
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, flashkda) -> str:
-    """Tests that take a device run on both; CPU-only inputs (fp32, odd head dims) are skipped by the test."""
+    """Tests that take a device run on both; CPU-only inputs (fp32, odd head dims) are skipped by
+    the test.
+    """
     if request.param not in flashkda.ops.DEVICE_TYPES:
         pytest.skip(f"the build has no {request.param} kernels")
     if request.param == "cuda" and not torch.cuda.is_available():

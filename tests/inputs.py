@@ -1,4 +1,5 @@
-"""Random inputs in every regime of the gate, the float64 reference on them, and the comparison that all tests use.
+"""Random inputs in every regime of the gate, the float64 reference on them, and the comparison that
+all tests use.
 
 A call is a dict of keywords for `chunk_kda`; `fused_recurrent_kda` takes the same but `safe_gate`.
 """
@@ -14,7 +15,8 @@ GATES = ("given", "softplus", "bounded")
 # What the log decay looks like; "mixed" puts slow and steep channels into one head.
 REGIMES = ("usual", "slow", "steep", "mixed", "zero")
 
-# Unit roundoff of what a result is rounded to: the relative error of a correctly rounded result stays below.
+# Unit roundoff of what a result is rounded to: the relative error of a correctly rounded result
+# stays below.
 ROUNDOFF = {
     torch.float64: 2.0**-53,
     torch.float32: 2.0**-24,
@@ -175,7 +177,9 @@ def tolerance(x: Tensor, dtype: torch.dtype) -> float:
 
 
 def assert_close(o: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "o") -> None:
-    """Every head of every sequence apart: a small one must not hide behind a large one. NaN fails."""
+    """Every head of every sequence apart: a small one must not hide behind a large one. NaN
+    fails.
+    """
     heads = [(o, exact)]
     dim = 2 if what == "o" else 1
     if o.dim() == 4 and o.numel():

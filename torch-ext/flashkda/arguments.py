@@ -1,9 +1,10 @@
 """Every argument check, for all devices, in one place.
 
-A check costs a fraction of a microsecond and never reads what is in a tensor: values on a device (cu_seqlens,
-state indices) belong to the kernels. Errors are raised before anything is launched or written. `TypeError` is about
-types and dtypes, `ValueError` about shapes, strides, devices, ranges and combinations, `NotImplementedError` about what
-this package, or this build of it, does not serve.
+A check costs a fraction of a microsecond and never reads what is in a tensor: values on a device
+(cu_seqlens, state indices) belong to the kernels. Errors are raised before anything is launched or
+written. `TypeError` is about types and dtypes, `ValueError` about shapes, strides, devices, ranges
+and combinations, `NotImplementedError` about what this package, or this build of it, does not
+serve.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _check_shared(
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
-    """q, k [B, T, H, K], v [B, T, HV, V], g [B, T, HV, K], beta [B, T, HV], all on one served device."""
+    """q, k [B, T, H, K], v [B, T, HV, V], g [B, T, HV, K], beta [B, T, HV], on one device."""
     if not (
         isinstance(q, Tensor)
         and isinstance(k, Tensor)
@@ -149,7 +150,7 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> N
     device = q.device
     if device.type not in DEVICE_TYPES:
         _raise_device_not_served(device)
-    if not (k.device == device and v.device == device and g.device == device and beta.device == device):  # fmt: skip
+    if not (k.device == device == v.device and g.device == device == beta.device):
         _raise_other_device(device, k=k, v=v, g=g, beta=beta)
 
     if q.dim() != 4:
@@ -219,14 +220,16 @@ def _check_gate(
     A_log: Tensor | None,
     dt_bias: Tensor | None,
 ) -> tuple[int, float, Tensor | None, Tensor | None]:
-    """Gate, lower bound, A_log as [HV] and dt_bias as [HV * K] for the ops, the last two contiguous.
+    """Gate, lower bound, A_log as [HV] and dt_bias as [HV * K] for the ops, both contiguous.
 
-    As in flash-linear-attention, lower_bound, A_log and dt_bias say nothing unless `use_gate_in_kernel`.
+    As in flash-linear-attention, lower_bound, A_log and dt_bias say nothing unless
+    `use_gate_in_kernel`.
     """
     if lower_bound is not None:
         if not _is_number(lower_bound):
             raise TypeError(
-                f"flashkda: lower_bound is {_describe(lower_bound)}, but must be a Python number or None."
+                f"flashkda: lower_bound is {_describe(lower_bound)}, but must be a Python number "
+                "or None."
             )
         if not LOWEST_BOUND <= lower_bound < 0:
             raise ValueError(
@@ -242,8 +245,8 @@ def _check_gate(
             )
         if A_log is None:
             raise ValueError(
-                "flashkda: A_log is None, but must be a tensor of HV elements with use_gate_in_kernel=True "
-                "(it may be None only together with lower_bound)."
+                "flashkda: A_log is None, but must be a tensor of HV elements with "
+                "use_gate_in_kernel=True (it may be None only together with lower_bound)."
             )
     HV, K = g.shape[2], g.shape[3]
     if A_log is not None:
@@ -271,8 +274,8 @@ def _check_beta_mode(use_beta_sigmoid_in_kernel: bool, allow_neg_eigval: bool) -
     if not use_beta_sigmoid_in_kernel:
         if allow_neg_eigval:
             raise ValueError(
-                "flashkda: allow_neg_eigval is True, but must be False unless use_beta_sigmoid_in_kernel=True: "
-                "it doubles the sigmoid."
+                "flashkda: allow_neg_eigval is True, but must be False unless "
+                "use_beta_sigmoid_in_kernel=True: it doubles the sigmoid."
             )
         return BETA_GIVEN
     return BETA_TWICE_SIGMOID if allow_neg_eigval else BETA_SIGMOID
@@ -295,7 +298,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> int:
 def _check_initial_state(
     initial_state: Tensor, q: Tensor, v: Tensor, N: int | None, state_v_first: bool
 ) -> Tensor:
-    """The initial state as the ops take it: contiguous but for the first dimension, copied only where it is not."""
+    """The initial state with contiguous rows, copied only where they are not."""
     _check_state("initial_state", initial_state, q, v, N, state_v_first)
     return initial_state if _rows_contiguous(initial_state) else initial_state.contiguous()
 
@@ -307,13 +310,13 @@ def check_state_buffer(
     _check_state(name, state, q, v, N, state_v_first)
     if not _rows_contiguous(state):
         raise ValueError(
-            f"flashkda: {name} has strides {list(state.stride())}, but must be contiguous in its last three "
-            "dimensions, because it is written in place."
+            f"flashkda: {name} has strides {list(state.stride())}, but must be contiguous in its "
+            "last three dimensions, because it is written in place."
         )
     if state.shape[0] > 1 and state.stride(0) < state.shape[1] * state.shape[2] * state.shape[3]:
         raise ValueError(
-            f"flashkda: {name} has strides {list(state.stride())}, but must not have rows that overlap, "
-            "because it is written in place."
+            f"flashkda: {name} has strides {list(state.stride())}, but must not have rows that "
+            "overlap, because it is written in place."
         )
 
 
@@ -378,7 +381,7 @@ def _check_state_indices(
     initial_state: Tensor | None,
     inplace_final_state: bool,
 ) -> None:
-    """Which rows of a pool of states are read and written: [N], or [N, T] with a row for every token."""
+    """Which rows of a pool of states are read and written: [N], or [N, T], a row for each token."""
     if inplace_final_state and initial_state is None:
         raise ValueError(
             "flashkda: initial_state is None, but must be a tensor with inplace_final_state=True: "
@@ -390,8 +393,8 @@ def _check_state_indices(
         ):
             raise ValueError(
                 "flashkda: num_accepted_tokens is given with ssm_state_indices "
-                f"{_describe(ssm_state_indices)}, but needs ssm_state_indices [N, T]: it says in which column "
-                "a sequence's state stands."
+                f"{_describe(ssm_state_indices)}, but needs ssm_state_indices [N, T]: it says in "
+                "which column a sequence's state stands."
             )
         _check_index("num_accepted_tokens", num_accepted_tokens, q)
         if num_accepted_tokens.shape != (N,):
@@ -435,25 +438,27 @@ def _check_index(name: str, x: Tensor, q: Tensor) -> None:
 def _check_contiguous(name: str, x: Tensor) -> None:
     if not x.is_contiguous():
         raise ValueError(
-            f"flashkda: {name} has stride {x.stride(0)}, but must have stride 1; call .contiguous()."
+            f"flashkda: {name} has stride {x.stride(0)}, but must have stride 1; call "
+            ".contiguous()."
         )
 
 
 def refuse_unserved(cp_context, return_intermediate_states, cu_seqlens, cu_seqlens_cpu) -> None:
-    """What flash-linear-attention's chunk_kda takes beyond ours, where it would change the results."""
+    """What flash-linear-attention takes beyond ours, where it would change the results."""
     if cp_context is not None:
         raise NotImplementedError(
-            f"flashkda: cp_context is {_describe(cp_context)}, but must be None: context parallelism is not served."
+            f"flashkda: cp_context is {_describe(cp_context)}, but must be None: context "
+            "parallelism is not served."
         )
     if return_intermediate_states:
         raise NotImplementedError(
-            f"flashkda: return_intermediate_states is {_describe(return_intermediate_states)}, but must be False: "
-            "the states inside a sequence are not served."
+            f"flashkda: return_intermediate_states is {_describe(return_intermediate_states)}, but "
+            "must be False: the states inside a sequence are not served."
         )
     if cu_seqlens_cpu is not None and cu_seqlens is None:
         raise ValueError(
-            "flashkda: cu_seqlens is None while cu_seqlens_cpu is given, but must be given with it, on the tensors' "
-            "device."
+            "flashkda: cu_seqlens is None while cu_seqlens_cpu is given, but must be given with "
+            "it, on the tensors' device."
         )
 
 
@@ -463,8 +468,8 @@ def resolve_state_layout(state_v_first: bool, transpose_state_layout: bool | Non
         return state_v_first
     if state_v_first:
         raise ValueError(
-            f"flashkda: transpose_state_layout is {transpose_state_layout}, but must be left out with "
-            "state_v_first=True: it is the older name of the same."
+            f"flashkda: transpose_state_layout is {transpose_state_layout}, but must be left out "
+            "with state_v_first=True: it is the older name of the same."
         )
     if type(transpose_state_layout) is not bool:
         _raise_flag(transpose_state_layout=transpose_state_layout)
@@ -487,8 +492,9 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 def _raise_gradient_with(name: str) -> NoReturn:
     raise ValueError(
-        f"flashkda: {name} is given and an input requires a gradient, but {name} must be left out there, because "
-        "what is written in place has no gradient; call under torch.no_grad() for inference."
+        f"flashkda: {name} is given and an input requires a gradient, but {name} must be left out "
+        "there, because what is written in place has no gradient; call under torch.no_grad() for "
+        "inference."
     )
 
 
@@ -540,13 +546,14 @@ def _raise_other_device(device: torch.device, **tensors: Tensor) -> NoReturn:
     for name, x in tensors.items():
         if x.device != device:
             raise ValueError(
-                f"flashkda: {name} is on {x.device}, but must be on {device}, where the other tensors are."
+                f"flashkda: {name} is on {x.device}, but must be on {device}, where the other "
+                "tensors are."
             )
     raise AssertionError("every argument is on one device")
 
 
 def _raise_device_not_served(device: torch.device) -> NoReturn:
     raise NotImplementedError(
-        f"flashkda: q is on {device}, but this build has no kernel compiled in for device type '{device.type}'; "
-        f"it serves tensors on {_either(DEVICE_TYPES)}."
+        f"flashkda: q is on {device}, but this build has no kernel compiled in for device type "
+        f"'{device.type}'; it serves tensors on {_either(DEVICE_TYPES)}."
     )

@@ -31,9 +31,10 @@ def chunk_gradients(
 ) -> dict[str, Tensor]:
     """Gradients of sum(do * o) + sum(dfinal_state * final_state) for every given input, by name.
 
-    `how` is what `reference.kda_chunk` takes beyond tensors. Computed in fp32 (fp64 for fp64 inputs), returned in the
-    inputs' dtypes. A first walk over a sequence keeps the state in front of each of its pieces; a second goes through
-    the pieces backwards and hands on the gradient of the state.
+    `how` is what `reference.kda_chunk` takes beyond tensors. Computed in fp32 (fp64 for fp64
+    inputs), returned in the inputs' dtypes. A first walk over a sequence keeps the state in front
+    of each of its pieces; a second goes through the pieces backwards and hands on the gradient of
+    the state.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     how = {**how, "dtype": dtype, "chunk": CHUNK}
@@ -79,7 +80,7 @@ def _gradients(inputs: dict[str, Tensor], how: dict, do: Tensor, dS: Tensor) -> 
 
 
 def _in_fresh_thread(function, *args):
-    """Calls where autograd works: an op runs with it off, and with its caller's dispatch modes, for its thread only."""
+    """An op runs with autograd off and its caller's dispatch modes on, but in its own thread only."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(function, *args).result()
 
@@ -87,7 +88,7 @@ def _in_fresh_thread(function, *args):
 def _pieces(
     q: Tensor, v: Tensor, cu_seqlens: Tensor | None
 ) -> Iterator[tuple[slice, slice, list[tuple[int, int]]]]:
-    """Sequences with their states, batch rows and the token spans to take them in, first to last."""
+    """Sequences: their states, their batch rows, and the token spans to take them in."""
     B, T, HV = v.shape[:3]
     if cu_seqlens is None:
         together = max(min(TOKENS_TIMES_HEADS // (HV * CHUNK), B), 1)

@@ -40,45 +40,54 @@ def chunk_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention over sequences of any length, by chunks; differentiable.
 
-    Per sequence and value head, with a state S in R^{K x V}: S' = Diag(exp g_t) S, u = beta_t (v_t - S'^T k_t),
-    S = S' + k_t u^T, o_t = scale S^T q_t. `reference.py` is the specification. Names and meanings follow
-    flash-linear-attention 0.6.
+    Per sequence and value head, with a state S in R^{K x V}: S' = Diag(exp g_t) S,
+    u = beta_t (v_t - S'^T k_t), S = S' + k_t u^T, o_t = scale S^T q_t. `reference.py` is the
+    specification. Names and meanings follow flash-linear-attention 0.6.
 
     Args:
-        q, k: [B, T, H, K], bf16 or fp16 (on CPU also fp32, fp64). Any strides; copied only if K has not stride 1.
-        v: [B, T, HV, V], dtype of q, HV a multiple of H: value head h reads query head h // (HV / H). Strides as q.
-        g: [B, T, HV, K], bf16, fp16 or fp32. Log decay (natural log, <= 0), or the gate's input with
-            `use_gate_in_kernel`.
-        beta: [B, T, HV], dtype of q or fp32. Write strength, or its logit with `use_beta_sigmoid_in_kernel`.
+        q, k: [B, T, H, K], bf16 or fp16 (on CPU also fp32, fp64). Any strides; copied only if K has
+            not stride 1.
+        v: [B, T, HV, V], dtype of q, HV a multiple of H: value head h reads query head
+            h // (HV / H). Strides as q.
+        g: [B, T, HV, K], bf16, fp16 or fp32. Log decay (natural log, <= 0), or the gate's input
+            with `use_gate_in_kernel`.
+        beta: [B, T, HV], dtype of q or fp32. Write strength, or its logit with
+            `use_beta_sigmoid_in_kernel`.
         scale: factor on o. Default K**-0.5.
-        initial_state: [N, HV, K, V], or [N, HV, V, K] with `state_v_first`; fp32 or bf16. Default zeros.
+        initial_state: [N, HV, K, V], or [N, HV, V, K] with `state_v_first`; fp32 or bf16. Default
+            zeros.
         output_final_state: whether to return the state after the last token.
         use_qk_l2norm_in_kernel: whether q and k are normalised first: x rsqrt(sum x^2 + 1e-6).
-        use_gate_in_kernel: whether g is raw: -exp(A_log) softplus(g + dt_bias), or with `lower_bound`
-            lower_bound sigmoid(exp(A_log) (g + dt_bias)). Without it, A_log, dt_bias and lower_bound say nothing.
+        use_gate_in_kernel: whether g is raw: -exp(A_log) softplus(g + dt_bias), or with
+            `lower_bound` lower_bound sigmoid(exp(A_log) (g + dt_bias)). Without it, A_log, dt_bias
+            and lower_bound say nothing.
         use_beta_sigmoid_in_kernel: whether beta is a logit.
         allow_neg_eigval: twice the sigmoid; only with `use_beta_sigmoid_in_kernel`.
-        safe_gate: asserts a bounded gate: with `use_gate_in_kernel` it requires `lower_bound`. The results are exact
-            for every gate <= 0 without it.
+        safe_gate: asserts a bounded gate: with `use_gate_in_kernel` it requires `lower_bound`. The
+            results are exact for every gate <= 0 without it.
         lower_bound: in [-5, 0), the lower bound of the gate.
         state_v_first: whether states are [N, HV, V, K].
-        cu_seqlens: [N + 1], int32 or int64, on the tensors' device: sequence n is tokens cu_seqlens[n] to
-            cu_seqlens[n + 1] of the one row (B = 1). Lengths of zero are allowed. Never read by the host on a GPU.
-            What o holds for tokens that belong to no sequence is undefined.
-        A_log: HV elements in any shape, fp32. May be None with `lower_bound` (then exp(A_log) is 1).
+        cu_seqlens: [N + 1], int32 or int64, on the tensors' device: sequence n is tokens
+            cu_seqlens[n] to cu_seqlens[n + 1] of the one row (B = 1). Lengths of zero are allowed.
+            Never read by the host on a GPU. What o holds for tokens that belong to no sequence is
+            undefined.
+        A_log: HV elements in any shape, fp32. May be None with `lower_bound`: zeros.
         dt_bias: HV * K elements in any shape, fp32. Default zeros.
-        out: [B, T, HV, V], dtype of v, stride 1 in V: where o is written; it must overlap no input. Not with gradients.
-        disable_recompute, cu_seqlens_cpu, use_graph, max_num_seqs, chunk_size: accepted for flash-linear-attention's
-            callers; they do not change results, and every call can be captured in a CUDA graph anyway.
+        out: [B, T, HV, V], dtype of v, stride 1 in V: where o is written; it must overlap no input.
+            Not with gradients.
+        disable_recompute, cu_seqlens_cpu, use_graph, max_num_seqs, chunk_size: accepted for
+            flash-linear-attention's callers; they do not change results, and every call can be
+            captured in a CUDA graph anyway.
         return_intermediate_states, cp_context: refused.
         transpose_state_layout: older name of `state_v_first`.
 
     Returns:
-        o [B, T, HV, V] in v's dtype, and the final state, of initial_state's shape and dtype (fp32 without
-        one), or None.
+        o [B, T, HV, V] in v's dtype, and the final state, of initial_state's shape and dtype (fp32
+        without one), or None.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named with what it is and what it takes; nothing was written.
+        TypeError, ValueError: a wrong argument, named with what it is and what it takes; nothing
+            was written.
         NotImplementedError: a device, or an argument, that this build does not serve.
 
     Source: Kimi Linear (https://arxiv.org/abs/2510.26692), section 3.
@@ -114,17 +123,18 @@ def fwd(
     final_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> None:
-    """The call of MoonshotAI/FlashKDA: `import flash_kda` can become this package, and nothing else changes.
+    """The call of MoonshotAI/FlashKDA: its users change an import and nothing else.
 
-    `chunk_kda` with normalised q and k, the bounded gate, beta as logits and states [N, HV, V, K], written into the
-    caller's buffers, without gradients. Beyond FlashKDA: every shape, dtype and stride that `chunk_kda` takes.
+    `chunk_kda` with normalised q and k, the bounded gate, beta as logits and states [N, HV, V, K],
+    written into the caller's buffers, without gradients. Beyond FlashKDA: every shape, dtype and
+    stride that `chunk_kda` takes.
 
     Args:
         q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, cu_seqlens: as in `chunk_kda`.
         out: [B, T, HV, V], dtype of v: where o is written.
         initial_state: [N, HV, V, K], fp32 or bf16, or None for zeros.
-        final_state: [N, HV, V, K], fp32 or bf16 (initial_state's dtype if both are given): where the final state is
-            written, or None.
+        final_state: [N, HV, V, K], fp32 or bf16 (initial_state's dtype if both are given): where
+            the final state is written, or None.
 
     Raises:
         As `chunk_kda`.

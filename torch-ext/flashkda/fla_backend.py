@@ -1,7 +1,8 @@
 """flash-linear-attention's own functions, served by this package.
 
 fla 0.6 keeps a registry of backends for its `chunk_kda` and for the inner function of its
-`fused_recurrent_kda`; before each call it asks every backend whether it takes the call, best priority first.
+`fused_recurrent_kda`; before each call it asks every backend whether it takes the call, best
+priority first.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def register_fla_backend() -> None:
-    """Makes flash-linear-attention's `chunk_kda` and `fused_recurrent_kda` dispatch to this package.
+    """Makes flash-linear-attention's `chunk_kda` and `fused_recurrent_kda` dispatch here.
 
-    Calls that this package does not serve are declined with a reason (fla logs it at INFO) and stay with fla's own
-    kernels. `FLA_FLASHKDA=0` in the environment switches the backend off. Calling this again changes nothing.
+    Calls that this package does not serve are declined with a reason (fla logs it at INFO) and stay
+    with fla's own kernels. `FLA_FLASHKDA=0` in the environment switches the backend off. Calling
+    this again changes nothing.
 
     Raises:
         ImportError: flash-linear-attention 0.6 or newer is not installed.
@@ -33,13 +35,13 @@ def register_fla_backend() -> None:
         from fla.ops.kda import chunk_kda as fla_chunk_kda
     except ImportError as error:
         raise ImportError(
-            f"flashkda: register_fla_backend needs flash-linear-attention 0.6 or newer, which cannot be imported "
-            f"({error}); pip install 'flash-linear-attention>=0.6'."
+            "flashkda: register_fla_backend needs flash-linear-attention 0.6 or newer, which "
+            f"cannot be imported ({error}); pip install 'flash-linear-attention>=0.6'."
         ) from error
     if os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":
         raise RuntimeError(
-            "flashkda: FLA_DISABLE_BACKEND_DISPATCH is 1, but must be unset for register_fla_backend: with it, "
-            "flash-linear-attention never asks a backend."
+            "flashkda: FLA_DISABLE_BACKEND_DISPATCH is 1, but must be unset for "
+            "register_fla_backend: with it, flash-linear-attention never asks a backend."
         )
 
     class FlashKDAHubBackend(BaseBackend):
@@ -73,16 +75,28 @@ def _chunk_arguments(
     cp_context=None, use_graph=False, max_num_seqs=None, *, A_log=None, dt_bias=None, chunk_size=64,
     transpose_state_layout=None,
 ) -> dict:  # fmt: skip
-    """A call of fla's chunk_kda, in its positional order, as this package's keywords; refuses what it does not serve."""
+    """A call of fla's chunk_kda, in its positional order, as this package's keywords."""
     arguments.refuse_unserved(cp_context, return_intermediate_states, cu_seqlens, cu_seqlens_cpu)
     return {
-        "q": q, "k": k, "v": v, "g": g, "beta": beta, "scale": scale, "initial_state": initial_state,
-        "output_final_state": output_final_state, "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
-        "use_gate_in_kernel": use_gate_in_kernel, "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
-        "allow_neg_eigval": allow_neg_eigval, "safe_gate": safe_gate, "lower_bound": lower_bound,
+        "q": q,
+        "k": k,
+        "v": v,
+        "g": g,
+        "beta": beta,
+        "scale": scale,
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+        "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
+        "use_gate_in_kernel": use_gate_in_kernel,
+        "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
+        "allow_neg_eigval": allow_neg_eigval,
+        "safe_gate": safe_gate,
+        "lower_bound": lower_bound,
         "state_v_first": arguments.resolve_state_layout(state_v_first, transpose_state_layout),
-        "cu_seqlens": cu_seqlens, "A_log": A_log, "dt_bias": dt_bias,
-    }  # fmt: skip
+        "cu_seqlens": cu_seqlens,
+        "A_log": A_log,
+        "dt_bias": dt_bias,
+    }
 
 
 def _recurrent_arguments(
@@ -92,28 +106,44 @@ def _recurrent_arguments(
     use_gate_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False,
     lower_bound=None, out=None,
 ) -> dict:  # fmt: skip
-    """A call of fla's fused_recurrent_kda_fwd, in its positional order and with its defaults, as our keywords."""
+    """A call of fla's fused_recurrent_kda_fwd, in its positional order, as our keywords."""
     if ssm_state_indices is not None and not inplace_final_state:
         raise NotImplementedError(
-            "flashkda: inplace_final_state is False with ssm_state_indices, where flash-linear-attention returns the "
-            "state after every token; it must be True."
+            "flashkda: inplace_final_state is False with ssm_state_indices, where "
+            "flash-linear-attention returns the state after every token; it must be True."
         )
     return {
-        "q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "initial_state": initial_state,
-        "scale": scale, "output_final_state": output_final_state, "inplace_final_state": inplace_final_state,
-        "state_v_first": state_v_first, "cu_seqlens": cu_seqlens, "ssm_state_indices": ssm_state_indices,
-        "num_accepted_tokens": num_accepted_tokens, "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
-        "use_gate_in_kernel": use_gate_in_kernel, "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
-        "allow_neg_eigval": allow_neg_eigval, "lower_bound": lower_bound, "out": out,
-    }  # fmt: skip
+        "q": q,
+        "k": k,
+        "v": v,
+        "g": g,
+        "beta": beta,
+        "A_log": A_log,
+        "dt_bias": dt_bias,
+        "initial_state": initial_state,
+        "scale": scale,
+        "output_final_state": output_final_state,
+        "inplace_final_state": inplace_final_state,
+        "state_v_first": state_v_first,
+        "cu_seqlens": cu_seqlens,
+        "ssm_state_indices": ssm_state_indices,
+        "num_accepted_tokens": num_accepted_tokens,
+        "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
+        "use_gate_in_kernel": use_gate_in_kernel,
+        "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
+        "allow_neg_eigval": allow_neg_eigval,
+        "lower_bound": lower_bound,
+        "out": out,
+    }
 
 
 def _verdict(check, call: dict) -> tuple[bool, str | None]:
-    """Whether this package takes the call, and if not, why. A refused argument raises; fla takes that as a reason."""
+    """Whether this package takes the call, and if not, why; fla takes an exception as a reason."""
     names = inspect.signature(check).parameters
     checked = check(**{name: call.get(name) for name in names})
     q, initial_state = call["q"], call["initial_state"]
-    if initial_state is not None and initial_state.dtype != torch.float32 and not call.get("inplace_final_state"):  # fmt: skip
+    in_place = call.get("inplace_final_state", False)
+    if initial_state is not None and initial_state.dtype != torch.float32 and not in_place:
         return False, "fla returns an fp32 final state whatever the initial state's dtype"
     if q.device.type == "cuda":
         if checked.gradient:

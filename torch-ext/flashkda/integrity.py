@@ -27,6 +27,6 @@ def check_shared_objects(folder: Path) -> None:
         found = base64.b64encode(hashlib.new(digest["algorithm"], content).digest()).decode()
         if found != expected:
             raise ImportError(
-                f"{name} has {len(content)} bytes with {digest['algorithm']} {found}, but its metadata.json "
-                f"wants {expected}"
+                f"{name} has {len(content)} bytes with {digest['algorithm']} {found}, but its "
+                f"metadata.json wants {expected}"
             )

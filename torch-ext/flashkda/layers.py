@@ -1,7 +1,7 @@
 """Layers for the kernels library: what transformers' Kimi Delta Attention models call.
 
-Same names, arguments and results as the layers of `kernels-community/fla`. They have no state: the kernels
-library puts their `forward` in the place of a model's own function.
+Same names, arguments and results as the layers of `kernels-community/fla`. They have no state: the
+kernels library puts their `forward` in the place of a model's own function.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def _fp32(state):
 
 
 class chunk_kimi_delta_attention(nn.Module):
-    """`chunk_kda` as transformers calls it: prefill, continued prefill, packed sequences and training.
+    """`chunk_kda` as transformers calls it: prefill, packed sequences and training.
 
-    query, key [B, T, H, K], value [B, T, HV, V], g [B, T, HV, K], beta [B, T, HV], initial_state [N, HV, K, V] or None.
-    Takes `cu_seqlens` or `cu_seq_lens_q` ([N + 1], B = 1) and chunk_kda's other keywords except those about the
-    state's layout; ignores what it does not know. Returns o [B, T, HV, V] and the final state, fp32 [N, HV, K, V],
-    or None. Errors are chunk_kda's.
+    query, key [B, T, H, K], value [B, T, HV, V], g [B, T, HV, K], beta [B, T, HV], initial_state
+    [N, HV, K, V] or None. Takes `cu_seqlens` or `cu_seq_lens_q` ([N + 1], B = 1) and chunk_kda's
+    other keywords except those about the state's layout; ignores what it does not know. Returns o
+    [B, T, HV, V] and the final state, fp32 [N, HV, K, V], or None. Errors are chunk_kda's.
     """
 
     has_backward = True

@@ -1,7 +1,7 @@
-"""The package's torch ops: handles of the compiled ones, fake implementations, and the op that has gradients.
+"""The package's torch ops: the compiled ones, their fakes, and the one that has gradients.
 
-Public functions check their arguments first (`arguments.py`); what stands here assumes checked arguments.
-docs/architecture.md lists the schemas.
+Public functions check their arguments first (`arguments.py`); what stands here assumes checked
+arguments. docs/architecture.md lists the schemas.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ DEVICE_TYPES = tuple(key.lower() for key in ("CPU", "CUDA") if _compiled_in(key)
 _DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 
 _INPUTS = """(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias,
-    Tensor? initial_state, Tensor? cu_seqlens, float scale, int gate, float lower_bound, int beta_mode,
-    bool l2norm, bool state_v_first)"""
+    Tensor? initial_state, Tensor? cu_seqlens, float scale, int gate, float lower_bound,
+    int beta_mode, bool l2norm, bool state_v_first)"""
 
 
 def final_state_shape(q: Tensor, v: Tensor, N: int, state_v_first: bool) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ def chunk_kda(
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens,
     scale, gate, lower_bound, beta_mode, l2norm, state_v_first,
 ):  # fmt: skip
-    """The operation as a function of its inputs, with gradients; float64 is served by the reference."""
+    """The operation as a function of its inputs; the reference serves float64."""
     tensors = (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens)
     o, final_state = _new_outputs(q, v, initial_state, cu_seqlens, state_v_first)
     if q.dtype == torch.float64:
@@ -125,8 +125,8 @@ def chunk_kda_bwd(
     """Gradients of the tensors in `_DIFFERENTIABLE`; that of an absent one is empty."""
     if q.device.type != "cpu":
         raise NotImplementedError(
-            f"flashkda: q is on {q.device} and needs a gradient, but no CUDA backward is compiled in yet; "
-            "train on CPU tensors, or call under torch.no_grad()."
+            f"flashkda: q is on {q.device} and needs a gradient, but no CUDA backward is compiled "
+            "in yet; train on CPU tensors, or call under torch.no_grad()."
         )
     grads = chunk_gradients(
         do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens,

@@ -33,29 +33,33 @@ def fused_recurrent_kda(
     out: Tensor | None = None,
     transpose_state_layout: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Kimi Delta Attention token by token: `chunk_kda` for few tokens a sequence, and for pools of states.
+    """Kimi Delta Attention token by token: few tokens a sequence, and pools of states.
 
     Gradients, where an input asks for one, come through `chunk_kda`'s form of the same map.
 
     Args:
         q, k, v, g, beta, A_log, dt_bias, scale, use_qk_l2norm_in_kernel, use_gate_in_kernel,
-            use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first, cu_seqlens, out,
-            transpose_state_layout: as in `chunk_kda`.
-        initial_state: [N, HV, K, V], or [N, HV, V, K] with `state_v_first`; fp32 or bf16. With `ssm_state_indices` a
-            pool [P, HV, K, V] of any number of rows, which may be padded (strided) in its first dimension.
+            use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first, cu_seqlens,
+            out, transpose_state_layout: as in `chunk_kda`.
+        initial_state: [N, HV, K, V], or [N, HV, V, K] with `state_v_first`; fp32 or bf16. With
+            `ssm_state_indices` a pool [P, HV, K, V] of any number of rows, which may be padded
+            (strided) in its first dimension.
         output_final_state: whether to return the state after the last token.
-        ssm_state_indices: [N], int32 or int64: sequence n starts from row ssm_state_indices[n] of the pool and, with
-            `inplace_final_state`, leaves its state there. [N, T] (only with `inplace_final_state`): it starts from
-            row ssm_state_indices[n, num_accepted_tokens[n] - 1], and row ssm_state_indices[n, t] gets the state after
-            token t. Index -1: start from zero, keep nothing. Any other index outside the pool: nothing is read or
-            written for it, and the sequence's o is NaN. No two sequences may write the same row.
-        num_accepted_tokens: [N], int32 or int64, 1 to T; with ssm_state_indices [N, T]. Default ones.
-        inplace_final_state: whether states are written into `initial_state`, which is then returned.
+        ssm_state_indices: [N], int32 or int64: sequence n starts from row ssm_state_indices[n] of
+            the pool and, with `inplace_final_state`, leaves its state there. [N, T] (only with
+            `inplace_final_state`): it starts from row ssm_state_indices[n, num_accepted_tokens[n] -
+            1], and row ssm_state_indices[n, t] gets the state after token t. Index -1: start from
+            zero, keep nothing. Any other index outside the pool: nothing is read or written for it,
+            and the sequence's o is NaN. No two sequences may write the same row.
+        num_accepted_tokens: [N], int32 or int64, 1 to T; with ssm_state_indices [N, T]. Default
+            ones.
+        inplace_final_state: whether states are written into `initial_state`, which is then
+            returned.
 
     Returns:
-        o [B, T, HV, V] in v's dtype, and the final state: `initial_state` itself with `inplace_final_state`, else
-        [N, HV, K, V] (or [N, HV, V, K]) in initial_state's dtype (fp32 without one) with `output_final_state`,
-        else None.
+        o [B, T, HV, V] in v's dtype, and the final state: `initial_state` itself with
+        `inplace_final_state`, else [N, HV, K, V] (or [N, HV, V, K]) in initial_state's dtype (fp32
+        without one) with `output_final_state`, else None.
 
     Raises:
         As `chunk_kda`.
@@ -74,11 +78,24 @@ def fused_recurrent_kda(
     o = v.new_empty(v.shape) if out is None else out
     if inplace_final_state:
         ops.recurrent_kda_pool_fwd(
-            *call.inputs, initial_state, cu_seqlens, ssm_state_indices, num_accepted_tokens, o, *call.how
-        )  # fmt: skip
+            *call.inputs,
+            initial_state,
+            cu_seqlens,
+            ssm_state_indices,
+            num_accepted_tokens,
+            o,
+            *call.how,
+        )
         return o, initial_state
     final_state = ops.new_final_state(call, q, v) if output_final_state else None
     ops.recurrent_kda_fwd(
-        *call.inputs, call.initial_state, cu_seqlens, ssm_state_indices, None, o, final_state, *call.how
-    )  # fmt: skip
+        *call.inputs,
+        call.initial_state,
+        cu_seqlens,
+        ssm_state_indices,
+        None,
+        o,
+        final_state,
+        *call.how,
+    )
     return o, final_state

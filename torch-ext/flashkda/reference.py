@@ -1,16 +1,17 @@
 """The specification: Kimi Delta Attention in plain torch, on any device, in any floating dtype.
 
-One sequence, one value head, tokens t = 1..T, q_t and k_t in R^K, v_t in R^V, a log decay g_t <= 0 per key
-channel, a write strength beta_t and a state S in R^{K x V}::
+One sequence, one value head, tokens t = 1..T, q_t and k_t in R^K, v_t in R^V, a log decay g_t <= 0
+per key channel, a write strength beta_t and a state S in R^{K x V}::
 
     S' = Diag(exp g_t) S
     u  = beta_t (v_t - S'^T k_t)
     S  = S' + k_t u^T
     o_t = scale * S^T q_t
 
-`kda_recurrence` is these lines. `kda_chunk` is the same map over chunks of tokens, which is what the kernels
-compute; it is exact for every gate <= 0 (see `decayed_scores`). Both are differentiable. Every other
-implementation of the package is tested against `kda_recurrence` in float64.
+`kda_recurrence` is these lines. `kda_chunk` is the same map over chunks of tokens, which is what
+the kernels compute; it is exact for every gate <= 0 (see `decayed_scores`). Both are
+differentiable. Every other implementation of the package is tested against `kda_recurrence` in
+float64.
 
 Unlike the ops, these functions read `cu_seqlens` on the host.
 """
@@ -50,7 +51,8 @@ def log_decay(
     """The log decay [B, T, HV, K] that `gate` makes of g.
 
     `GATE_GIVEN`: g. `GATE_SOFTPLUS`: -exp(A_log) softplus(g + dt_bias). `GATE_BOUNDED`:
-    lower_bound sigmoid(exp(A_log) (g + dt_bias)). A_log has HV elements (absent: 0), dt_bias HV * K (absent: 0).
+    lower_bound sigmoid(exp(A_log) (g + dt_bias)). A_log has HV elements (absent: 0), dt_bias HV * K
+    (absent: 0).
     """
     if gate == GATE_GIVEN:
         return g
@@ -108,7 +110,9 @@ def first_state(
 def sequences(
     tokens: Tokens, states: Tensor, cu_seqlens: Tensor | None
 ) -> Iterator[tuple[Tokens, Tensor]]:
-    """Sequences that share no token, with their states: a dense batch at once, packed ones one by one."""
+    """Sequences that share no token, with their states: a dense batch at once, packed ones one by
+    one.
+    """
     if cu_seqlens is None:
         yield tokens, states
         return
@@ -130,12 +134,13 @@ def recurrence(tokens: Tokens, S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decayed_scores(x: Tensor, k: Tensor, g: Tensor) -> Tensor:
-    """X_ij = sum_d x_i[d] k_j[d] exp(sum_{j<t<=i} g_t[d]) for j <= i, else 0. [..., C, K] -> [..., C, C].
+    """X_ij = sum_d x_i[d] k_j[d] exp(sum_{j<t<=i} g_t[d]) for j <= i, else 0. [..., C, K] -> [...,
+    C, C].
 
-    C is a power of two. Adjacent blocks of 1, 2, 4, ... tokens are joined: for i in the later block and j in the
-    earlier one, exp(sum) is the product of a decay from j to the end of its block and one from there to i. Both
-    are exponentials of sums of gates, never of differences, so no exponent is positive, nothing overflows, and
-    no digit is lost to cancellation whatever the gate.
+    C is a power of two. Adjacent blocks of 1, 2, 4, ... tokens are joined: for i in the later block
+    and j in the earlier one, exp(sum) is the product of a decay from j to the end of its block and
+    one from there to i. Both are exponentials of sums of gates, never of differences, so no
+    exponent is positive, nothing overflows, and no digit is lost to cancellation whatever the gate.
     """
     C = x.shape[-2]
     scores = (x * k).sum(-1)[..., None, None]
@@ -169,7 +174,8 @@ def until_end(g: Tensor) -> Tensor:
 
 
 def chunks(tokens: Tokens, S: Tensor, C: int) -> tuple[Tensor, Tensor]:
-    """Chunk by chunk: (I + A) U = beta (V - K_in S_0), O = Q_in S_0 + M U, S_C = Diag(exp G_C) S_0 + K_out^T U.
+    """Chunk by chunk: (I + A) U = beta (V - K_in S_0), O = Q_in S_0 + M U, S_C = Diag(exp G_C) S_0
+    + K_out^T U.
 
     Same results as `recurrence`. C is a power of two.
     """
@@ -232,12 +238,13 @@ def kda_recurrence(
     Shapes are those of `chunk_kda`; `gate`, `beta_mode` are the constants of this module.
 
     Returns:
-        o [B, T, HV, V] (zero for tokens behind cu_seqlens' last) and the final state [N, HV, K, V], or
-        [N, HV, V, K] with `state_v_first`.
+        o [B, T, HV, V] (zero for tokens behind cu_seqlens' last) and the final state [N, HV, K, V],
+        or [N, HV, V, K] with `state_v_first`.
     """
     return _run(
         recurrence, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, state_v_first,
-        scale=scale, gate=gate, lower_bound=lower_bound, beta_mode=beta_mode, l2norm=l2norm, dtype=dtype,
+        scale=scale, gate=gate, lower_bound=lower_bound, beta_mode=beta_mode,
+        l2norm=l2norm, dtype=dtype,
     )  # fmt: skip
 
 
@@ -261,9 +268,12 @@ def kda_chunk(
     dtype: torch.dtype = torch.float64,
     chunk: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """`kda_recurrence` by the chunk form, in chunks of `chunk` tokens (a power of two): same arguments and results."""
+    """`kda_recurrence` by the chunk form, in chunks of `chunk` tokens (a power of two): same
+    arguments and results.
+    """
     return _run(
         lambda tokens, S: chunks(tokens, S, chunk),
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, state_v_first,
-        scale=scale, gate=gate, lower_bound=lower_bound, beta_mode=beta_mode, l2norm=l2norm, dtype=dtype,
+        scale=scale, gate=gate, lower_bound=lower_bound, beta_mode=beta_mode,
+        l2norm=l2norm, dtype=dtype,
     )  # fmt: skip
