@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jinja2
 import pytest
 import tomlkit
 from fresh import python
@@ -202,6 +203,26 @@ def test_missing_prerequisites_are_named_with_their_command(tmp_path):
             rf"{re.escape(program)} is missing: apt-get install {re.escape(package)}\.", done.stderr
         )
     assert "Traceback" not in done.stderr
+
+
+def test_card_renders_with_what_kernel_builder_gives_it():
+    environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined)
+    card = environment.from_string((ROOT / "CARD.md").read_text()).render(
+        repo_id=BUILD_TOML["general"]["hub"]["repo-id"],
+        version=BUILD_TOML["general"]["version"],
+        functions=["chunk_kda", "fused_recurrent_kda"],
+        layers=None,
+        has_benchmark=True,
+        upstream=None,
+        source=None,
+        license=BUILD_TOML["general"]["license"].lower(),
+    )
+    assert card.startswith("---\nlibrary_name: kernels\nlicense: mit\n---\n")
+    assert 'get_kernel("moonshot/flashkda", version=1, trust_remote_code=True)' in card
+    assert "- `fused_recurrent_kda`\n" in card
+    layers = (ROOT / "torch-ext/flashkda/layers.py").read_text()
+    listed = card.partition("## Available layers")[2].partition("##")[0]
+    assert re.findall(r"`(\w+)`", listed) == re.findall(r"^class (\w+)\(", layers, re.MULTILINE)
 
 
 def test_pins_agree():
