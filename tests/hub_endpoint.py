@@ -163,7 +163,10 @@ def _handler(hub: HubEndpoint) -> type[BaseHTTPRequestHandler]:
             address = urlsplit(self.path)
             hub.requests.append(f"{self.command} {address.path}")
             parts = [unquote(part) for part in address.path.strip("/").split("/")]
-            recursive = parse_qs(address.query).get("recursive", ["false"])[0].lower() in ("true", "1")
+            recursive = parse_qs(address.query).get("recursive", ["false"])[0].lower() in (
+                "true",
+                "1",
+            )
             match parts:
                 case ["api", "organizations", name, "overview"]:
                     trusted = name in hub.trusted
