@@ -8,11 +8,11 @@ CUDA_ARCHS ?= native
 export LOCAL_KERNELS ?= moonshot/flashkda=$(CURDIR)
 
 ifeq ($(PYTHON),.venv/bin/python)
-SETUP := $(PYTHON3) tools/prepare.py
+SETUP := @$(PYTHON3) tools/prepare.py
 else
 SETUP := @true
 endif
-BUILD = $(PYTHON) tools/build.py --cuda-archs "$(CUDA_ARCHS)" $(if $(JOBS),--jobs $(JOBS))
+BUILD = @$(PYTHON) tools/build.py --cuda-archs "$(CUDA_ARCHS)" $(if $(JOBS),--jobs $(JOBS))
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .PHONY: help setup build build-cpu build-all demo test bench format lint clean
@@ -23,6 +23,8 @@ help:  ## this list
 	@echo "  CUDA_ARCHS=native|all|\"8.0 9.0\": what the CUDA variant is compiled for"
 
 setup:  ## .venv, kernel-builder and a CUDA compiler, kept between runs
+	@command -v $(PYTHON3) > /dev/null || { echo "Python 3.10 or newer is missing:" \
+	  "apt-get install python3 python3-venv python3-dev"; exit 1; }
 	$(SETUP)
 
 build: setup  ## the variant for this machine's torch, into build/

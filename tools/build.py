@@ -97,6 +97,8 @@ def configure(project: Project, torch: tuple[str, str | None]) -> None:
     cuda = torch[1]
     if cuda is not None:
         toolkit = installed_cuda(cuda) or wheel_toolkit()
+        if not (CUTLASS / "include/cutlass").is_dir():
+            raise ToolError(f"the CUTLASS headers are not in {CUTLASS}/include; run make setup.")
         definitions |= {
             "CUDA_TOOLKIT_ROOT_DIR": str(toolkit),
             "CUTLASS_INCLUDE_DIR": f"{CUTLASS}/include",
@@ -111,7 +113,8 @@ def configure(project: Project, torch: tuple[str, str | None]) -> None:
     stamp = project.cmake / ".configured"
     if stamp.exists() and stamp.read_text() == state:
         return
-    shutil.rmtree(project.cmake / "CMakeFiles/CMakeScratch", ignore_errors=True)
+    # What an earlier torch or compiler left in the cache must not be found; objects are kept.
+    (project.cmake / "CMakeCache.txt").unlink(missing_ok=True)
     run(command, env=env, failure="CMake could not configure the package", quiet=True)
     stamp.write_text(state)
 

@@ -7,6 +7,7 @@ part carries a stamp of what it was made from, so that a changed pin renews it.
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -32,12 +33,23 @@ from environment import (
 VENV_PYTHON = VENV / "bin/python"
 PIP = (VENV_PYTHON, "-m", "pip", "--no-input", "--disable-pip-version-check")
 
+# The Rust edition of kernel-builder's sources.
+OLDEST_CARGO = (1, 85)
+
 # (program, what it is for, the Debian packages that bring it)
 PROGRAMS = (
     ("c++", "a C++ compiler builds the package", "g++"),
     ("make", "make drives the build", "make"),
     ("git", "kernel-builder reads the checkout with git", "git"),
 )
+
+
+def cargo_version() -> tuple[int, int] | None:
+    if shutil.which("cargo") is None:
+        return None
+    reported = subprocess.run(["cargo", "--version"], capture_output=True, text=True, check=False)
+    found = re.match(r"cargo (\d+)\.(\d+)", reported.stdout)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def check_prerequisites() -> None:
@@ -60,11 +72,15 @@ def check_prerequisites() -> None:
     for program, reason, packages in PROGRAMS:
         if shutil.which(program) is None:
             missing.append(f"{reason}, and {program} is missing: apt-get install {packages}.")
-    if kernel_builder() is None and shutil.which("cargo") is None:
-        missing.append(
-            f"cargo builds kernel-builder {BUILDER_VERSION}, and cargo is missing: "
-            "apt-get install cargo (1.85 or newer; else rustup)."
-        )
+    if kernel_builder() is None:
+        cargo = cargo_version()
+        if cargo is None or cargo < OLDEST_CARGO:
+            found = "is missing" if cargo is None else f"is {cargo[0]}.{cargo[1]}"
+            missing.append(
+                f"cargo {OLDEST_CARGO[0]}.{OLDEST_CARGO[1]} or newer builds kernel-builder, and cargo "
+                f"{found}: apt-get install cargo on Debian 13, apt-get install rustup && rustup "
+                "default stable, or rustup's own installer on Debian 12."
+            )
     if missing:
         raise ToolError("prerequisites are missing:\n  " + "\n  ".join(missing))
 
