@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../../common/convert.cuh"
+#include "../../common/divide.cuh"
 #include "../../common/params.h"
 #include "../../common/warp.cuh"
 #include "config.h"
@@ -20,6 +21,7 @@ struct Params {
   Problem p;
   Pool pool;
   int items;
+  Divider slices, HV, heads_per_key;    // V / kSliceV, HV, HV / H
   bool initial_aligned, final_aligned;  // 16-byte vectors can be used
 };
 
@@ -46,19 +48,22 @@ struct Item {
   int64_t o_at;      // element of o where the next one goes
   int64_t source;    // row of the state to start from, kNoRow: zero
   int64_t target;    // row that takes the state after the last token, kNoRow: none
-  bool valid;  // no index is out of range; otherwise the output is NaN and no row of a pool is
-               // touched
+  // 1: no index is out of range. 0: the output is NaN and no row of a pool is touched. Not a bool,
+  // as those are packed and unpacked where they live across a loop.
+  int valid;
 };
 
-__device__ __forceinline__ Item find_item(const Problem& p, const Pool& pool, int index) {
+__device__ __forceinline__ Item find_item(const Params& params, int index) {
+  const Problem& p = params.p;
+  const Pool& pool = params.pool;
   // Slices of a head, then heads, lie next to each other in memory and are worked on at the same
   // time.
-  const int slices = p.V / kSliceV;
-  const int head = index / slices;
+  const int head = params.slices.divide(index);
+  const int n = params.HV.divide(head);
   Item item;
-  item.slice = index % slices;
-  item.hv = head % p.HV;
-  item.n = head / p.HV;
+  item.slice = index - head * (p.V / kSliceV);
+  item.hv = head - n * p.HV;
+  item.n = n;
 
   item.b = item.n;
   item.begin = 0;
@@ -168,8 +173,8 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, true>& state, const Toke
   float sk[Slice::kVectors] = {}, sq[Slice::kVectors] = {};
 #pragma unroll
   for (int j = 0; j < Slice::kWidth; ++j) {
-    const float decay = token.decay[channel + j], k = token.k[channel + j],
-                q = token.q[channel + j];
+    const float decay = token.decay[channel + j], k = token.k[channel + j];
+    const float q = token.q[channel + j];
 #pragma unroll
     for (int i = 0; i < Slice::kVectors; ++i) {
       state.s[i][j] *= decay;
@@ -223,13 +228,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   int buffer = 0;  // where these tokens are
   while (true) {
     // Ask for what comes next.
-    bool more = true;
+    int more = 1;
     Item next = item;
     int next_t = t + kBlockTokens;
     if (next_t >= item.length) {
       more = next_index < params.items;
       if (more) {
-        next = find_item(p, pool, next_index);
+        next = find_item(params, next_index);
         next_index += gridDim.x;
         next_t = 0;
         if (next.valid && next.source != kNoRow) {
@@ -239,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
         } else {
           Slice::load_constant(stage, !next.valid);
         }
-        reader.seek(next.hv, next.slice, next.b, next.begin);
+        reader.seek(params.heads_per_key.divide(next.hv), next.hv, next.slice, next.b, next.begin);
       }
     }
     if (more) reader.fetch(next.length - next_t);

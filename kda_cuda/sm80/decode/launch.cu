@@ -47,7 +47,13 @@ cudaError_t launch(const Problem& p, const Pool& pool, int multiprocessors, cuda
   const int64_t items = p.N * p.HV * (p.V / kSliceV);
   if (items == 0) return cudaSuccess;
   if (p.V % kSliceV != 0 || items > INT32_MAX / 2) return cudaErrorInvalidValue;
-  const Params params{p, pool, static_cast<int>(items), vectors_fit(p.initial_state),
+  const Params params{p,
+                      pool,
+                      static_cast<int>(items),
+                      Divider(p.V / kSliceV),
+                      Divider(p.HV),
+                      Divider(p.HV / p.H),
+                      vectors_fit(p.initial_state),
                       vectors_fit(p.final_state)};
   const int blocks = std::min(params.items, multiprocessors * kBlocksPerSM);
   const DType in = p.initial_state.ptr != nullptr ? p.initial_state.dtype : p.final_state.dtype;

@@ -50,9 +50,10 @@ class TokenReader {
  public:
   __device__ __forceinline__ explicit TokenReader(const Problem& p) : p_(p) {}
 
-  // Moves to token `begin` of batch row b, as value head hv and a slice of v see it.
-  __device__ __forceinline__ void seek(int hv, int slice, int64_t b, int64_t begin) {
-    const int h = hv / (p_.HV / p_.H), channel = threadIdx.x % K, lane = threadIdx.x % 32;
+  // Moves to token `begin` of batch row b, as value head hv, which uses head h of q and k, and a
+  // slice of v see it.
+  __device__ __forceinline__ void seek(int h, int hv, int slice, int64_t b, int64_t begin) {
+    const int channel = threadIdx.x % K, lane = threadIdx.x % 32;
     q_ = element(p_.q, b, begin, h) + channel;
     k_ = element(p_.k, b, begin, h) + channel;
     g_ = element(p_.g, b, begin, hv) + channel;
