@@ -52,6 +52,12 @@ def cargo_version() -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def finds_openssl() -> bool:
+    if shutil.which("pkg-config") is None:
+        return False
+    return subprocess.run(["pkg-config", "--exists", "openssl"], check=False).returncode == 0
+
+
 def check_prerequisites() -> None:
     """Raises ToolError that names everything missing, each with the command that installs it."""
     missing = []
@@ -80,6 +86,11 @@ def check_prerequisites() -> None:
                 f"cargo {OLDEST_CARGO[0]}.{OLDEST_CARGO[1]} or newer builds kernel-builder, and cargo "
                 f"{found}: apt-get install cargo on Debian 13, apt-get install rustup && rustup "
                 "default stable, or rustup's own installer on Debian 12."
+            )
+        if not finds_openssl():
+            missing.append(
+                "kernel-builder is built against OpenSSL, and its headers or pkg-config are missing: "
+                "apt-get install libssl-dev pkg-config."
             )
     if missing:
         raise ToolError("prerequisites are missing:\n  " + "\n  ".join(missing))
