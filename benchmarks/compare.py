@@ -5,7 +5,7 @@
 
 All that are installed run in one process and get the same inputs; each result is held against
 float64 before its time counts. Times are GPU times of CUDA-graph replays with a cold L2. Writes
-prefill.json, prefill.md and a plot (docs/results/README.md).
+prefill.json, prefill.md and a plot (docs/results/README.md); --suite decode writes decode.json.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,60 +26,88 @@ from kda_bench.yardstick import kda_float64, relative_error
 ERROR_LIMIT = 2e-2
 
 
+@dataclass(frozen=True)
+class Suite:
+    """One table: its cases, how a contender is asked for them, and what they cannot go below."""
+
+    table: list
+    quick: list
+    parse: Callable[[str], Any]
+    make_inputs: Callable[..., cases.Inputs]
+    bind: Callable[[contenders.Contender, cases.Inputs], contenders.Bound]
+    floor_bytes: Callable[[cases.Inputs], int]
+    # Tokens a chunk of the float64 yardstick.
+    chunk: int
+
+
+SUITES = {
+    # States are left out of the floor: 1 % in the case with one sequence of 8192 tokens.
+    "prefill": Suite(
+        cases.TABLE,
+        cases.QUICK,
+        cases.Case.parse,
+        cases.make_inputs,
+        lambda contender, inputs: contender.prefill(inputs),
+        lambda inputs: inputs.token_bytes,
+        32,
+    ),
+    # Tokens are left out of the floor: 1 % of the states.
+    "decode": Suite(
+        cases.DECODE_TABLE,
+        cases.DECODE_QUICK,
+        cases.DecodeCase.parse,
+        cases.make_decode_inputs,
+        lambda contender, inputs: contender.decode(inputs),
+        lambda inputs: inputs.state_bytes,
+        1,
+    ),
+}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="four cases instead of the whole table"
-    )
-    parser.add_argument(
-        "--case",
-        action="append",
-        default=[],
-        metavar="CASE",
-        help='one more case, e.g. "H=96 1x8192"',
-    )
-    parser.add_argument(
-        "--only", action="store_true", help="the cases given with --case and no others"
-    )
-    parser.add_argument("--gate", nargs="+", choices=cases.GATES, default=["fast", "slow"])
-    parser.add_argument("--contender", nargs="+", choices=[c.name for c in contenders.CONTENDERS])
-    parser.add_argument(
-        "--budget", type=float, default=0.15, help="seconds a measurement (default 0.15)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results"
-    )
+    more, limit = parser.add_argument, "seconds a measurement (default 0.15)"
+    more("--suite", choices=SUITES, default="prefill")
+    more("--quick", action="store_true", help="a few cases instead of the whole table")
+    more("--case", action="append", default=[], help='one more case, e.g. "H=96 1x8192"')
+    more("--only", action="store_true", help="the cases given with --case and no others")
+    more("--gate", nargs="+", choices=cases.GATES, help="default: fast and slow; decode: fast")
+    more("--contender", nargs="+", choices=[c.name for c in contenders.CONTENDERS])
+    more("--budget", type=float, default=0.15, help=limit)
+    more("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results")
     options = parser.parse_args()
+    suite = SUITES[options.suite]
     try:
-        given = [cases.Case.parse(text) for text in options.case]
+        given = [suite.parse(text) for text in options.case]
     except ValueError as error:
         parser.error(str(error))
     if options.only and not given:
         parser.error("--only needs at least one --case")
-    table = [] if options.only else cases.QUICK if options.quick else cases.TABLE
+    table = [] if options.only else suite.quick if options.quick else suite.table
     options.cases = list(dict.fromkeys([*table, *given]))
+    options.gate = options.gate or (["fast"] if options.suite == "decode" else ["fast", "slow"])
     return options
 
 
-def reference(x: cases.Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    gate = {"given": 0, "softplus": 1}.get(x.gate, 2)
+def reference(x: cases.Inputs, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
     return kda_float64(
         *(x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, x.initial_state, x.cu_seqlens),
         scale=x.scale,
-        gate=gate,
+        gate={"given": 0, "softplus": 1}.get(x.gate, 2),
         lower_bound=x.lower_bound,
         beta_mode=1,
         l2norm=True,
+        chunk=chunk,
     )
 
 
 def measure(
-    contender, inputs: cases.Inputs, expected, timer: timing.Timer, floor: float
+    suite: Suite, contender, inputs: cases.Inputs, expected, timer: timing.Timer, floor: float
 ) -> report.Row:
     """One row: errors first, and times only if they are right."""
     row = new_row(contender.name, inputs, floor)
     try:
-        bound = contender.prefill(inputs)
+        bound = suite.bind(contender, inputs)
         launch, row["note"] = capture(bound)
         row |= judge(launch, bound.read, expected)
         if "wrong" in row["note"]:
@@ -159,33 +189,33 @@ def main() -> int:
         sys.exit("none of the contenders is installed")
     started = time.monotonic()
     for contender in present:
-        contender.prepare(options.cases)
+        if options.suite == "prefill":
+            contender.prepare_prefill(options.cases)
         print(f"[{time.monotonic() - started:4.0f} s] {contender.name} is ready", flush=True)
 
+    suite = SUITES[options.suite]
+    stem = options.out / options.suite
     result = report.header() | {"copy_tb_s": round(timing.copy_tb_s(), 4), "rows": []}
     print(f"{result['device']}, copy bandwidth {result['copy_tb_s']:.2f} TB/s", flush=True)
     timer = timing.Timer(options.budget)
     points = [(case, gate) for case in options.cases for gate in options.gate]
     for index, (case, gate) in enumerate(points, 1):
-        inputs = cases.make_inputs(case, gate, "cuda", seed=index)
-        floor = timing.floor_us(inputs.floor_bytes, result["copy_tb_s"])
-        elapsed = time.monotonic() - started
-        print(
-            f"[{elapsed:4.0f} s] {index}/{len(points)} {case.name} {gate}: floor {floor:.1f} us",
-            flush=True,
-        )
-        expected = reference(inputs)
+        inputs = suite.make_inputs(case, gate, "cuda", seed=index)
+        floor = timing.floor_us(suite.floor_bytes(inputs), result["copy_tb_s"])
+        elapsed = f"[{time.monotonic() - started:4.0f} s] {index}/{len(points)}"
+        print(f"{elapsed} {case.name} {gate}: floor {floor:.1f} us", flush=True)
+        expected = reference(inputs, suite.chunk)
         for contender in present:
-            row = measure(contender, inputs, expected, timer, floor)
+            row = measure(suite, contender, inputs, expected, timer, floor)
             print(show(row), flush=True)
             result["rows"].append(row)
-            report.write_json(options.out / "prefill.json", result)
+            report.write_json(stem.with_suffix(".json"), result)
         del inputs, expected
         torch.cuda.empty_cache()
 
     text = report.markdown(result)
-    (options.out / "prefill.md").write_text(text)
-    report.plot(result, options.out / "prefill")
+    stem.with_suffix(".md").write_text(text)
+    report.plot(result, stem)
     print(f"\n{text}")
     ours = [row for row in result["rows"] if row["contender"] == "this"]
     return int(any(row["us"] is None for row in ours))

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # One command for a machine with a GPU and no network: `tools/gpu_session.sh tests compare ...`
 #
-#   parts    tests accuracy compare quick overhead sanitize bench demo
-#            (default: all but quick, which is a short compare, and bench)
+#   parts    tests accuracy compare decode overhead sanitize demo (the default)
+#            quick (a short compare), bench (`kernels benchmark`)
 #   OUT      where session.tgz (logs and results) and fla-autotune.tgz go (default /tmp/out)
 #   LIMIT    seconds for all parts together (default 570); the part that meets it is cut short
+#   COMPARE_ARGS   more for benchmarks/compare.py, such as "--contender this flashkda-upstream"
 #   FLASHKDA_COMMIT   the commit under test, where the tree came without its history
 #   .whl     a folder of wheels that the machine lacks (tools/fetch_peers.sh fills it)
 #   .carry/fla-autotune.tgz   what flash-linear-attention's autotuning found before: spares minutes
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-/tmp/out}
 LIMIT=${LIMIT:-570}
 PARTS=("$@")
-[ ${#PARTS[@]} -gt 0 ] || PARTS=(tests accuracy compare overhead sanitize demo)
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(tests accuracy compare decode overhead sanitize demo)
 RESULTS=$(mktemp -d)
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1
@@ -65,8 +66,9 @@ for name in "${PARTS[@]}"; do
     # Several processes: the float64 references of tests/ run on the CPU.
     tests) OMP_NUM_THREADS=2 part tests 420 python3 -m pytest -q -n 6 -m gpu --durations=10 tests ;;
     accuracy) part accuracy 200 python3 benchmarks/accuracy.py --out "$RESULTS" ;;
-    compare) part compare 560 python3 benchmarks/compare.py --out "$RESULTS" ;;
-    quick) part quick 240 python3 benchmarks/compare.py --quick --out "$RESULTS" ;;
+    compare) part compare 560 python3 benchmarks/compare.py --out "$RESULTS" ${COMPARE_ARGS:-} ;;
+    decode) part decode 200 python3 benchmarks/compare.py --suite decode --out "$RESULTS" ;;
+    quick) part quick 240 python3 benchmarks/compare.py --quick --out "$RESULTS" ${COMPARE_ARGS:-} ;;
     overhead) part overhead 100 python3 benchmarks/overhead.py --out "$RESULTS" ;;
     sanitize) part sanitize 500 python3 tools/sanitize.py --timeout 120 --out "$RESULTS/sanitize" ;;
     bench) part bench 100 kernels benchmark "$PWD" --iterations 20 --warmup 3 ;;

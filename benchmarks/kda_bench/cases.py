@@ -1,9 +1,9 @@
-"""Cases and their inputs: the table of the README, and any other in the same notation."""
+"""Cases of the suites and their inputs: those of the tables, and any other in the same notation."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,7 @@ SLOW_SHIFT = 6.5
 
 @dataclass(frozen=True)
 class Case:
-    """`heads` heads and one sequence for each entry of `seqlens` (tokens)."""
+    """Prefill: `heads` heads and one sequence for each entry of `seqlens` (tokens)."""
 
     heads: int
     seqlens: tuple[int, ...]
@@ -85,20 +85,62 @@ TABLE = [
 QUICK = [Case.parse(name) for name in ("H=96 1x8192", "H=96 mixed", "H=32 1x8192", "H=4 1x1024")]
 
 
+@dataclass(frozen=True)
+class DecodeCase:
+    """One token for each of `batch` sequences; states in fp32 or bf16."""
+
+    batch: int
+    heads: int
+    state_dtype: torch.dtype = torch.float32
+
+    @property
+    def seqlens(self) -> tuple[int, ...]:
+        return (1,) * self.batch
+
+    @property
+    def name(self) -> str:
+        suffix = " bf16 state" if self.state_dtype == torch.bfloat16 else ""
+        return f"decode B={self.batch} H={self.heads}{suffix}"
+
+    @classmethod
+    def parse(cls, text: str) -> DecodeCase:
+        """Reads "decode B=32 H=32" or "decode B=32 H=32 bf16 state"."""
+        pattern = r"decode\s+B=([1-9]\d*)\s+H=([1-9]\d*)(\s+bf16 state)?"
+        match = re.fullmatch(pattern, text.strip())
+        if not match:
+            raise ValueError(
+                f"case {text!r} is not understood; "
+                "write it as 'decode B=32 H=32' or 'decode B=32 H=32 bf16 state'"
+            )
+        batch, heads, bf16 = match.groups()
+        return cls(int(batch), int(heads), torch.bfloat16 if bf16 else torch.float32)
+
+
+DECODE_TABLE = [
+    DecodeCase(batch, 32, dtype)
+    for dtype in (torch.float32, torch.bfloat16)
+    for batch in (1, 8, 32, 128, 256)
+]
+DECODE_QUICK = [DecodeCase(1, 32), DecodeCase(32, 32)]
+
+
 @dataclass
 class Inputs:
-    """One call's inputs as the public functions take them, B = 1; `cu_seqlens` if sequences > 1."""
+    """One call's inputs as the public functions take them.
 
-    case: Case
+    Prefill has B = 1, and `cu_seqlens` for several sequences; decode has T = 1.
+    """
+
+    case: Case | DecodeCase
     gate: str
-    q: torch.Tensor  # [1, T, H, K] bf16, not normalised
+    q: torch.Tensor  # [B, T, H, K] bf16, not normalised
     k: torch.Tensor
     v: torch.Tensor
-    g: torch.Tensor  # [1, T, H, K] bf16 before the gate's activation; fp32 log decay for "given"
-    beta: torch.Tensor  # [1, T, H] bf16 logits
+    g: torch.Tensor  # [B, T, H, K] bf16 before the gate's activation; fp32 log decay for "given"
+    beta: torch.Tensor  # [B, T, H] bf16 logits
     A_log: torch.Tensor  # [H] fp32
     dt_bias: torch.Tensor  # [H, K] fp32
-    initial_state: torch.Tensor  # [N, H, K, V] fp32
+    initial_state: torch.Tensor  # [N, H, K, V] fp32, or the decode case's dtype
     cu_seqlens: torch.Tensor | None  # [N+1] int64
     scale: float = K**-0.5
     lower_bound: float = LOWER_BOUND
@@ -108,18 +150,26 @@ class Inputs:
         return self.gate in ("fast", "slow")
 
     @property
-    def floor_bytes(self) -> int:
-        """Bytes that any implementation must move: q, k, v, g, beta read once, o written once.
+    def token_bytes(self) -> int:
+        """Bytes of q, k, v, g and beta, each read once, and of o, written once."""
+        return sum(x.nbytes for x in (self.q, self.k, self.v, self.g, self.beta, self.v))
 
-        The states are left out; they are 1 % of the case with one 8192-token sequence.
-        """
-        o_bytes = self.v.numel() * self.v.element_size()
-        read = (self.q, self.k, self.v, self.g, self.beta)
-        return o_bytes + sum(x.numel() * x.element_size() for x in read)
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the initial states, read once, and of the final ones, written once."""
+        return 2 * self.initial_state.nbytes
 
 
-def make_inputs(case: Case, gate: str, device: torch.device | str, seed: int = 0) -> Inputs:
-    """Fresh random inputs; the same for the same case, gate and seed."""
+def make_decode_inputs(case: DecodeCase, gate: str, device: str, seed: int = 0) -> Inputs:
+    """Fresh random inputs of one token a sequence; the same for the same arguments."""
+    packed = make_inputs(Case(case.heads, case.seqlens), gate, device, seed)
+    tokens = {name: getattr(packed, name).transpose(0, 1) for name in ("q", "k", "v", "g", "beta")}
+    state = packed.initial_state.to(case.state_dtype)
+    return replace(packed, case=case, cu_seqlens=None, initial_state=state, **tokens)
+
+
+def make_inputs(case: Case, gate: str, device: str, seed: int = 0) -> Inputs:
+    """Fresh random inputs; the same for the same arguments."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -30,15 +30,10 @@ class Declined(Exception):
 
 @dataclass
 class Bound:
-    """A call, and how to read o [1, T, H, V] and the final state [N, H, K, V] from its result."""
+    """A call, and how to read o [B, T, H, V] and the final state [N, H, K, V] from its result."""
 
     call: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    read: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = (
-        lambda o, state: (
-            o,
-            state,
-        )
-    )
+    read: Callable[..., tuple[torch.Tensor, torch.Tensor]] = lambda o, state: (o, state)
 
 
 class Contender:
@@ -49,11 +44,14 @@ class Contender:
         """The contender's module; an exception says why it is not installed."""
         return importlib.import_module(self.module)
 
-    def prepare(self, cases: list[Case]) -> None:
+    def prepare_prefill(self, cases: list[Case]) -> None:
         """Compiles ahead what would otherwise be compiled at the first call of each case."""
 
-    def prefill(self, inputs: Inputs) -> Bound:
-        raise NotImplementedError
+    def prefill(self, x: Inputs) -> Bound:
+        raise Declined("serves no prefill")
+
+    def decode(self, x: Inputs) -> Bound:
+        raise Declined("serves no decode")
 
 
 @functools.cache
@@ -72,6 +70,9 @@ class This(Contender):
 
     def prefill(self, x: Inputs) -> Bound:
         return Bound(functools.partial(self.load().chunk_kda, **fla_arguments(x)))
+
+    def decode(self, x: Inputs) -> Bound:
+        return Bound(functools.partial(self.load().fused_recurrent_kda, **decode_arguments(x)))
 
 
 def fla_arguments(x: Inputs) -> dict[str, Any]:
@@ -96,6 +97,13 @@ def fla_arguments(x: Inputs) -> dict[str, Any]:
     return arguments
 
 
+def decode_arguments(x: Inputs) -> dict[str, Any]:
+    """As `fla_arguments`, for `fused_recurrent_kda`, which has no `safe_gate`."""
+    arguments = fla_arguments(x)
+    arguments.pop("safe_gate", None)
+    return arguments
+
+
 class Fla(Contender):
     """flash-linear-attention's Triton kernels."""
 
@@ -107,7 +115,7 @@ class Fla(Contender):
         os.environ["FLA_FLASH_KDA"] = os.environ["FLA_FLASHKDA"] = "0"
         return super().load()
 
-    def prepare(self, cases: list[Case]) -> None:
+    def prepare_prefill(self, cases: list[Case]) -> None:
         """Fills Triton's cache: each number of heads, packed or not, compiles some 120 variants anew.
 
         They compile at the same time, each in a process of its own.
@@ -145,6 +153,11 @@ class Fla(Contender):
             # Without it each call reads cu_seqlens on the host, which no graph can hold.
             arguments |= dict(use_graph=True, max_num_seqs=len(x.case.seqlens))
         return Bound(functools.partial(self.load().chunk_kda, **arguments))
+
+    def decode(self, x: Inputs) -> Bound:
+        if x.initial_state.dtype != torch.float32:
+            raise Declined("returns fp32 states alone")
+        return Bound(functools.partial(self.load().fused_recurrent_kda, **decode_arguments(x)))
 
 
 # Every variant is compiled and launched once. Several such processes share the GPU, so what they

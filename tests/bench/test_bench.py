@@ -44,7 +44,7 @@ def test_floors_of_the_table():
         "H=8 1x65536": 157,
         "H=4 1x1024": 1.2,
     }
-    per_token = cases.make_inputs(cases.Case(2, (5, 3)), "fast", "cpu").floor_bytes / (2 * 8)
+    per_token = cases.make_inputs(cases.Case(2, (5, 3)), "fast", "cpu").token_bytes / (2 * 8)
     floors = {c.name: timing.floor_us(c.heads * c.tokens * per_token, 4.27) for c in cases.TABLE}
     for name, floor in expected.items():
         assert floors[name] == pytest.approx(floor, rel=0.03)
@@ -67,15 +67,38 @@ def test_inputs_differ_between_seeds_only():
 
 
 @pytest.mark.parametrize("gate", cases.GATES)
-def test_contenders_get_the_case_that_the_yardstick_computes(gate):
-    """The arguments in flash-linear-attention's names mean what compare.py's reference computes."""
+@pytest.mark.parametrize(
+    "suite, name",
+    [
+        ("prefill", "H=2 20,33"),
+        ("prefill", "H=2 1x40"),
+        ("decode", "decode B=3 H=2"),
+        ("decode", "decode B=3 H=2 bf16 state"),
+    ],
+)
+def test_contenders_get_the_case_that_the_yardstick_computes(suite, name, gate):
+    """What this package is asked for is what compare.py's reference computes."""
     import compare
 
-    x = cases.make_inputs(cases.Case(2, (20, 33)), gate, "cpu")
-    expected = compare.reference(x)
-    o, state = contenders.load_this().chunk_kda(**contenders.fla_arguments(x))
-    assert yardstick.relative_error(o, expected[0]) < 5e-3
-    assert yardstick.relative_error(state, expected[1]) < 5e-3
+    suite = compare.SUITES[suite]
+    x = suite.make_inputs(suite.parse(name), gate, "cpu")
+    expected = compare.reference(x, suite.chunk)
+    bound = suite.bind(contenders.This(), x)
+    for result, exact in zip(bound.read(*bound.call()), expected):
+        assert yardstick.relative_error(result, exact) < 5e-3
+
+
+def test_decode_notation_and_floors():
+    case = cases.DecodeCase.parse("decode B=32 H=32 bf16 state")
+    assert case == cases.DecodeCase(32, 32, torch.bfloat16)
+    assert case.seqlens == (1,) * 32
+    assert all(cases.DecodeCase.parse(c.name) == c for c in cases.DECODE_TABLE)
+    for text in ("decode", "B=1 H=1", "decode B=0 H=1", "decode B=1 H=1 fp8 state"):
+        with pytest.raises(ValueError, match="case "):
+            cases.DecodeCase.parse(text)
+    # At the 4.27 TB/s of an H200, in microseconds.
+    x = cases.make_decode_inputs(cases.DecodeCase(8, 32), "fast", "cpu")
+    assert timing.floor_us(x.state_bytes, 4.27) == pytest.approx(7.9, rel=0.01)
 
 
 @pytest.mark.parametrize("regime", regimes.REGIMES)
@@ -185,8 +208,10 @@ def test_compare_reads_its_command_line(monkeypatch):
     import compare
 
     monkeypatch.setattr(sys, "argv", ["compare.py", "--quick", "--case", "H=7 1x8"])
-    names = [case.name for case in compare.arguments().cases]
+    options = compare.arguments()
+    names = [case.name for case in options.cases]
     assert names == [*(case.name for case in cases.QUICK), "H=7 1x8"]
+    assert options.gate == ["fast", "slow"]
     monkeypatch.setattr(sys, "argv", ["compare.py", "--case", "H=7"])
     with pytest.raises(SystemExit):
         compare.arguments()
@@ -196,7 +221,7 @@ def test_a_wrong_or_unwritten_result_gets_a_note():
     import compare
 
     x = cases.make_inputs(cases.Case(1, (32,)), "fast", "cpu")
-    expected = compare.reference(x)
+    expected = compare.reference(x, 32)
 
     def judged(call):
         return compare.judge(call, lambda o, state: (o, state), expected)
