@@ -59,6 +59,12 @@ def show(error: float | None) -> str:
     return "not finite" if error is None else f"{error:.2e}"
 
 
+def line(row: dict, names: list[str]) -> str:
+    errors = [" / ".join(show(row[n][e]) for e in ("error_o", "error_state")) for n in names]
+    tokens = ", ".join(map(str, row["seqlens"]))
+    return " | ".join([row["regime"], tokens, show(row["rounding_o"]), *errors])
+
+
 def markdown(result: dict, names: list[str]) -> str:
     lines = [
         f"{result['device']}. Commit {result['commit']}, `{result['command']}`.",
@@ -70,11 +76,7 @@ def markdown(result: dict, names: list[str]) -> str:
         f"| --- | --- | ---: | {' | '.join(['---:'] * len(names))} |",
     ]
     for row in result["rows"]:
-        cells = [" / ".join(show(row[n][e]) for e in ("error_o", "error_state")) for n in names]
-        tokens = ", ".join(map(str, row["seqlens"]))
-        lines.append(
-            f"| {row['regime']} | {tokens} | {row['rounding_o']:.2e} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {line(row, names)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -100,7 +102,7 @@ def main() -> int:
     for seed, (regime, seqlens) in enumerate(points):
         row = measure(regime, seqlens, functions, seed)
         result["rows"].append(row)
-        print(f"{seed + 1}/{len(points)} {regime}, {seqlens}: {row}", flush=True)
+        print(f"{seed + 1}/{len(points)} {line(row, list(functions))}", flush=True)
     report.write_json(options.out / "accuracy.json", result)
     text = markdown(result, list(functions))
     (options.out / "accuracy.md").write_text(text)

@@ -131,7 +131,7 @@ def new_row(name: str, inputs: cases.Inputs, floor: float) -> report.Row:
         "seqlens": list(inputs.case.seqlens),
         "gate": inputs.gate,
         "contender": name,
-        "floor_us": round(floor, 3),
+        "floor_us": report.rounded(floor),
         "note": "",
     }
 

@@ -44,7 +44,7 @@ def decode_call(kernel, tokens: cases.Inputs) -> Callable[[], Any]:
     beta = tokens.beta.reshape(8, 1, -1)
     state = tokens.initial_state.repeat(8, 1, 1, 1)
     out = torch.empty_like(batch[2])
-    indices = torch.arange(8, device="cuda", dtype=torch.int32)
+    indices = torch.arange(8, device=state.device, dtype=torch.int32)
     return lambda: kernel.fused_recurrent_kda(
         *batch,
         beta,
@@ -73,6 +73,8 @@ def main() -> None:
     present, absent = contenders.installed()
     for name, reason in absent.items():
         print(f"{name} is not installed ({reason})")
+    if any(isinstance(contender, contenders.Fla) for contender in present):
+        contenders.Fla.tune_nothing()
     inputs = cases.make_inputs(cases.Case(4, (64,)), "fast", "cuda")
     calls = [(f"chunk_kda T=64 H=4, {c.name}", c.prefill(inputs).call) for c in present]
     one = cases.make_inputs(cases.Case(4, (8,)), "fast", "cuda")
