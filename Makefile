@@ -44,8 +44,8 @@ test: build build-cpu  ## every test that this machine can run
 
 bench: build  ## what can be measured on this machine
 	$(PYTHON) benchmarks/cpu.py
-	$(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" \
-	  && $(PYTHON) benchmarks/compare.py || echo "no CUDA GPU here: benchmarks/compare.py was not run"
+	@if $(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())"; \
+	then $(PYTHON) benchmarks/compare.py; else echo "no CUDA GPU: benchmarks/compare.py was not run"; fi
 
 format: setup  ## rewrite the sources in the project's format
 	$(PYTHON) -m ruff format .
