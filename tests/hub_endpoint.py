@@ -124,10 +124,11 @@ class HubEndpoint:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
 
-    def publish(self, repo_id: str, branch: str, folder: Path) -> Snapshot:
-        """Puts the files of `folder` on `branch` of `repo_id` and returns the snapshot."""
+    def publish(self, repo_id: str, folder: Path, *branches: str) -> Snapshot:
+        """Puts the files of `folder` on `branches` of `repo_id`, as one commit, and returns it."""
         snapshot = Snapshot.of_folder(folder)
-        self.repositories.setdefault(repo_id, Repository()).branches[branch] = snapshot
+        repository = self.repositories.setdefault(repo_id, Repository())
+        repository.branches.update(dict.fromkeys(branches, snapshot))
         return snapshot
 
     def downloads(self) -> list[str]:

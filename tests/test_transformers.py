@@ -377,7 +377,7 @@ def test_kernel_config(flashkda, make, tmp_path):
     folder.mkdir(parents=True)
     (folder / variant.name).symlink_to(variant)
     with HubEndpoint() as hub:
-        hub.publish(REPO_ID, "v1", tmp_path / "repository")
+        hub.publish(REPO_ID, tmp_path / "repository", "v1")
         done = python(
             KERNEL_CONFIG.format(make=make.__name__),
             HF_ENDPOINT=hub.url,
