@@ -11,6 +11,7 @@ prefill.json, prefill.md and a plot (docs/results/README.md); --suite decode wri
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -199,6 +200,19 @@ def main() -> int:
     print(f"{result['device']}, copy bandwidth {result['copy_tb_s']:.2f} TB/s", flush=True)
     timer = timing.Timer(options.budget)
     points = [(case, gate) for case in options.cases for gate in options.gate]
+    # Stopped by a time limit, a run still reports what it has.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped before the end"))
+    try:
+        run(suite, points, present, timer, result, stem.with_suffix(".json"))
+    finally:
+        print(f"\n{report.render(result, stem)}", flush=True)
+    ours = [row for row in result["rows"] if row["contender"] == "this"]
+    return int(any(row["us"] is None for row in ours))
+
+
+def run(suite: Suite, points: list, present: list, timer, result: dict, path: Path) -> None:
+    """Fills result["rows"] and writes it to `path` as it grows."""
+    started = time.monotonic()
     for index, (case, gate) in enumerate(points, 1):
         inputs = suite.make_inputs(case, gate, "cuda", seed=index)
         floor = timing.floor_us(suite.floor_bytes(inputs), result["copy_tb_s"])
@@ -209,16 +223,9 @@ def main() -> int:
             row = measure(suite, contender, inputs, expected, timer, floor)
             print(show(row), flush=True)
             result["rows"].append(row)
-            report.write_json(stem.with_suffix(".json"), result)
+            report.write_json(path, result)
         del inputs, expected
         torch.cuda.empty_cache()
-
-    text = report.markdown(result)
-    stem.with_suffix(".md").write_text(text)
-    report.plot(result, stem)
-    print(f"\n{text}")
-    ours = [row for row in result["rows"] if row["contender"] == "this"]
-    return int(any(row["us"] is None for row in ours))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #   parts    tests accuracy compare decode overhead sanitize demo (the default)
 #            quick (a short compare), bench (`kernels benchmark`)
 #   OUT      where session.tgz (logs and results) and fla-autotune.tgz go (default /tmp/out)
-#   LIMIT    seconds for all parts together (default 570); the part that meets it is cut short
+#   LIMIT    seconds for all parts together (default 560); the part that meets it is cut short
 #   COMPARE_ARGS   more for benchmarks/compare.py, such as "--contender this flashkda-upstream"
 #   FLASHKDA_COMMIT   the commit under test, where the tree came without its history
 #   .whl     a folder of wheels that the machine lacks (tools/fetch_peers.sh fills it)
@@ -14,7 +14,7 @@
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-/tmp/out}
-LIMIT=${LIMIT:-570}
+LIMIT=${LIMIT:-560}
 PARTS=("$@")
 [ ${#PARTS[@]} -gt 0 ] || PARTS=(tests accuracy compare decode overhead sanitize demo)
 RESULTS=$(mktemp -d)
@@ -54,7 +54,7 @@ part() {
     return
   fi
   echo "=== $name (from $start s, at most $limit s): $*"
-  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$RESULTS/$name.log"
+  timeout --kill-after=20 "$limit" "$@" 2>&1 | tee "$RESULTS/$name.log"
   local status=${PIPESTATUS[0]}
   ENDED+=("$name: status $status after $((SECONDS - start)) s")
   pack

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from .timing import geomean
-
 ROW = (
     "case",
     "heads",
@@ -143,6 +141,10 @@ def summary(rows: list[Row]) -> list[str]:
     return lines
 
 
+def geomean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -222,3 +224,17 @@ def plot(result: dict[str, Any], stem: Path) -> list[Path]:
         figure.savefig(path, dpi=130)
     plt.close(figure)
     return paths
+
+
+def render(result: dict[str, Any], stem: Path) -> str:
+    """Writes stem.md and the plots; returns the Markdown."""
+    text = markdown(result)
+    stem.with_suffix(".md").write_text(text)
+    if result["rows"]:
+        plot(result, stem)
+    return text
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(render(json.loads(Path(name).read_text()), Path(name).with_suffix("")))
