@@ -64,20 +64,20 @@ inline void step_k_first(const RecurrentScratch& s, int64_t K, int64_t cols, flo
         Sq[c] += eq * S;
       }
     }
-    Vec u[kTileVecs];
 #pragma GCC unroll 8
     for (int c = 0; c < kTileVecs; ++c) {
-      u[c] = beta * (load(s.x.v + col + c * kLanes) - Sk[c]);
-      store(s.o + col + c * kLanes, scale * (Sq[c] + kq * u[c]));
+      const Vec u = beta * (load(s.x.v + col + c * kLanes) - Sk[c]);
+      store(s.u + col + c * kLanes, u);
+      store(s.o + col + c * kLanes, scale * (Sq[c] + kq * u));
     }
-    if (!to.data) continue;
-    for (int64_t d = 0; d < K; ++d) {
-      const float e = s.e[d], k = s.x.k[d];
-#pragma GCC unroll 8
-      for (int c = 0; c < kTileVecs; ++c) {
-        const Vec decayed = e * load(from.data + d * from.ld + col + c * kLanes);
-        store(to.data + d * to.ld + col + c * kLanes, decayed + k * u[c]);
-      }
+  }
+  if (!to.data) return;
+  // Row by row, so that memory is written in the order in which it lies.
+  for (int64_t d = 0; d < K; ++d) {
+    const float e = s.e[d], k = s.x.k[d];
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      const Vec decayed = e * load(from.data + d * from.ld + c);
+      store(to.data + d * to.ld + c, decayed + k * load(s.u + c));
     }
   }
 }
