@@ -123,7 +123,7 @@ def _gate(r: torch.Generator, gate: str, regime: str, shape: tuple) -> tuple[Ten
     x = torch.randn(shape, generator=r)
     # Where softplus is about 1, 1e-4, large, and 0 (beyond what fp32 resolves); sigmoid likewise.
     bias = {
-        "usual": torch.zeros(HV, K),
+        "usual": torch.randn(HV, K, generator=r),
         "slow": torch.full((HV, K), -10.0),
         "steep": torch.full((HV, K), 6.0),
         "mixed": torch.where(slow_channel, -10.0, 6.0),

@@ -62,7 +62,8 @@ def log_decay(
     if gate == GATE_SOFTPLUS:
         # log(1 + exp x) without F.softplus, which turns into the identity at its threshold of 20.
         return -rate * torch.logaddexp(x, torch.zeros_like(x))
-    return lower_bound * torch.sigmoid(rate * x)
+    # sigmoid by its logarithm: the derivative keeps its digits where sigmoid itself rounds to 1.
+    return lower_bound * F.logsigmoid(rate * x).exp()
 
 
 def prepare(
