@@ -4,7 +4,7 @@
 
 Batches of calls are issued without waiting for the GPU; the time until the last one has returned,
 over their number, is what a call costs the host. Peers that are installed are measured beside this
-package. Writes overhead.json.
+package. Writes overhead.json; exits with 1 if a call of this package takes longer than LIMIT_US.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kda_bench import cases, contenders, report
 # Fewer launches than the driver queues before it makes the host wait for the GPU.
 CALLS = 50
 BATCHES = 40
+LIMIT_US = 30
 
 
 def host_us(call: Callable[[], Any]) -> list[float]:
@@ -61,7 +62,7 @@ def decode_call(kernel, tokens: cases.Inputs) -> Callable[[], Any]:
     )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = Path(__file__).parent.parent / "docs" / "results"
     parser.add_argument("--out", type=Path, default=default)
@@ -95,8 +96,10 @@ def main() -> None:
             flush=True,
         )
     report.write_json(options.out / "overhead.json", result)
+    ours = [row["us"] for row in result["rows"] if row["call"].endswith("this")]
+    return int(max(ours) > LIMIT_US)
 
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        main()
+        sys.exit(main())

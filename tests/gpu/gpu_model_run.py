@@ -52,9 +52,11 @@ def count(calls: Counter, module: str, name: str) -> None:
 def main(path: str) -> None:
     # Before models.py, which keeps fla from transformers.
     import transformers.models.kimi_linear.modeling_kimi_linear  # noqa: F401
+    from kda_bench.contenders import Fla
     from kernels import get_kernel
     from models import REPO_ID, VOCABULARY, CountOps, kernelized, kimi_linear
 
+    Fla.tune_nothing()
     calls = Counter()
     count(calls, "fla.ops.kda.chunk", "chunk_kda_fwd")
     count(calls, "fla.ops.kda.fused_recurrent", "fused_recurrent_kda_fwd")

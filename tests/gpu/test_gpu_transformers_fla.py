@@ -19,7 +19,8 @@ def test_logits_beside_flas_kernels(flashkda, tmp_path):
     """No further from float64 than with fla's kernels, in prefill and in cached decode."""
     pytest.importorskip("fla")
     saved = tmp_path / "logits.pt"
-    search = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    folders = [HERE.parent, HERE.parents[1] / "benchmarks", os.environ.get("PYTHONPATH", "")]
+    search = os.pathsep.join(map(str, folders))
     environment = {**os.environ, "PYTHONPATH": search, "FLA_FLASH_KDA": "0"}
     script = HERE / "gpu_model_run.py"
     done = subprocess.run(
