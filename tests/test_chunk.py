@@ -345,8 +345,6 @@ def test_nan_stays_in_its_sequence_and_head(flashkda, device, where, regime):
     assert torch.equal(final_state[[0, 2]], clean_state[[0, 2]])
     begin = 20 if where == "initial_state" else 30
     assert o[:, begin:55][:, :, hit].isnan().any(-1).any(1).all()
-    if where != "initial_state":
-        assert torch.equal(o[:, 20:30], clean_o[:, 20:30])
 
 
 def test_same_bits_every_time(flashkda, device):
