@@ -186,8 +186,9 @@ def main() -> int:
     present, absent = contenders.installed(options.contender)
     for name, reason in absent.items():
         print(f"{name} is not installed ({reason})")
+    present = [c for c in present if contenders.serves(c, options.suite)]
     if not present:
-        sys.exit("none of the contenders is installed")
+        sys.exit(f"none of the contenders of {options.suite} is installed")
     started = time.monotonic()
     for contender in present:
         if options.suite == "prefill":

@@ -116,9 +116,10 @@ class Fla(Contender):
         return super().load()
 
     def prepare_prefill(self, cases: list[Case]) -> None:
-        """Fills Triton's cache: each number of heads, packed or not, compiles some 120 variants anew.
+        """Fills Triton's cache.
 
-        They compile at the same time, each in a process of its own.
+        Each number of heads, packed or not, compiles some 120 variants anew; here they do so at the
+        same time, each in a process of its own.
         """
         self._shorten_autotuning()
         groups: dict[tuple[int, bool], list[str]] = {}
@@ -263,6 +264,11 @@ class CudnnFrontend(Contender):
 
 
 CONTENDERS: list[Contender] = [This(), Fla(), FlashKda(), CudnnFrontend()]
+
+
+def serves(contender: Contender, suite: str) -> bool:
+    """Whether the contender has a call for "prefill" or "decode" at all."""
+    return getattr(type(contender), suite) is not getattr(Contender, suite)
 
 
 def installed(names: list[str] | None = None) -> tuple[list[Contender], dict[str, str]]:

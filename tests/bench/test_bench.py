@@ -194,6 +194,15 @@ def test_peers_that_are_not_installed_are_left_out(monkeypatch):
     assert not present and "no_such_module" in absent["flashkda-upstream"]
 
 
+def test_who_serves_what():
+    prefill, decode = (
+        [c.name for c in contenders.CONTENDERS if contenders.serves(c, suite)]
+        for suite in ("prefill", "decode")
+    )
+    assert prefill == ["this", "fla", "flashkda-upstream", "cudnn-frontend"]
+    assert decode == ["this", "fla"]
+
+
 def test_without_a_gpu_the_scripts_say_so(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
