@@ -1,0 +1,30 @@
+// The prefill op on tensors, and the one place that chooses its kernel.
+#include "../sm80/prefill/prefill.h"
+#include "convert.h"
+#include "device.h"
+#include "kda_api.h"
+
+namespace flashkda::cuda {
+namespace {
+
+cudaError_t dispatch(const Problem& p, const Device& device, cudaStream_t stream) {
+  return sm80::prefill::launch(p, device.smem_limit, device.multiprocessors, stream);
+}
+
+}  // namespace
+
+void chunk_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                   const Tensor& beta, const std::optional<Tensor>& A_log,
+                   const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_state,
+                   const std::optional<Tensor>& cu_seqlens, Tensor o,
+                   std::optional<Tensor> final_state, double scale, int64_t gate,
+                   double lower_bound, int64_t beta_mode, bool l2norm, bool state_v_first) {
+  const Problem p =
+      to_problem(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o, final_state, scale,
+                 gate, lower_bound, beta_mode, l2norm, state_v_first);
+  const Launch launch(q);
+  check_launch(dispatch(p, device_properties(launch.device()), launch.stream()), "chunk_kda",
+               launch.device());
+}
+
+}  // namespace flashkda::cuda

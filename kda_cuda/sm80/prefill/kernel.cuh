@@ -1,0 +1,58 @@
+// Prefill on any GPU from compute capability 8.0 on: one block walks one (sequence, head, slice of V).
+//
+//   chain      VS / 16 warps            S through the chunks             (chain.cuh)
+//   producers  2 or 3 groups of 4 warps loads (loader.cuh), then raw chunks to factors, in turn (producer.cuh)
+//
+//                   raw                       full
+//   global memory ───────► producer c % P ───────────► chain ───► o
+//         ▲                                              │
+//         └─────────────────── empty ────────────────────┘   chunk c lies in slot c % slots of a ring in shared memory
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "chain.cuh"
+#include "config.h"
+#include "producer.cuh"
+#include "work.cuh"
+
+namespace flashkda::cuda::sm80::prefill {
+
+template <class Cfg>
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    prefill_kernel(const __grid_constant__ Problem p, const __grid_constant__ Ring ring) {
+  extern __shared__ __align__(128) char smem[];
+  Barriers* barriers = barriers_at(smem);
+  const Work w = find_work<Cfg>(p, &barriers->sequence);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  if (threadIdx.x < ring.slots) {
+    ptx::mbarrier_init(&barriers->raw[threadIdx.x], 2 * kGroupThreads);  // cp.async and stores
+    ptx::mbarrier_init(&barriers->full[threadIdx.x], 1);
+    ptx::mbarrier_init(&barriers->empty[threadIdx.x], Cfg::kChainWarps);
+  }
+  __syncthreads();
+
+  if (warp < Cfg::kChainWarps) {
+    Chain<Cfg>(p, w, ring, smem, warp, lane).run();
+  } else {
+    const int group = (warp - Cfg::kChainWarps) / kGroupWarps;
+    const int rank = (warp - Cfg::kChainWarps) % kGroupWarps;
+    if (group < ring.producers) Producer<Cfg>(p, w, ring, smem, group, rank, lane).run();
+  }
+}
+
+template <class Cfg>
+cudaError_t launch_instance(const Problem& p, int smem_limit, cudaStream_t stream) {
+  const Ring ring = make_ring<Cfg>(smem_limit);
+  const size_t bytes = smem_bytes<Cfg>(ring);
+  const cudaError_t error = cudaFuncSetAttribute(
+      prefill_kernel<Cfg>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = p.N * p.HV * (p.V / Cfg::VS);
+  prefill_kernel<Cfg>
+      <<<static_cast<unsigned>(blocks), Cfg::kThreads, bytes, stream>>>(p, ring);
+  return cudaGetLastError();
+}
+
+}  // namespace flashkda::cuda::sm80::prefill
