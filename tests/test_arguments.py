@@ -6,10 +6,12 @@ Nothing may be written by a refused call. Every case is the same correct call wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from inputs import make
+from kernels import get_local_kernel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -240,15 +242,23 @@ def on_cuda(call: dict) -> dict:
         }  # fmt: skip
 
 
-def test_cuda_tensors_without_cuda_kernels(flashkda):
+@pytest.fixture(scope="module")
+def cpu_build(flashkda):
+    """The variant without CUDA kernels."""
+    if "cuda" not in flashkda.ops.DEVICE_TYPES:
+        return flashkda
+    build = Path(flashkda.__file__).parents[1]
+    if not list(build.glob("*-cpu-*")):
+        pytest.skip("the CPU variant is not built; `make build-cpu` builds it")
+    return get_local_kernel(build.parent, backend="cpu")
+
+
+@pytest.mark.parametrize("function", [CHUNK, RECURRENT])
+def test_cuda_tensors_without_cuda_kernels(cpu_build, function):
     """A build without CUDA kernels says so."""
-    if "cuda" in flashkda.ops.DEVICE_TYPES:
-        pytest.skip("the build has CUDA kernels")
-    for function in (flashkda.chunk_kda, flashkda.fused_recurrent_kda):
-        with pytest.raises(
-            NotImplementedError, match="q is on cuda:0, .* no kernel compiled in .*cpu"
-        ):
-            function(**on_cuda(dense()))
+    sentence = "q is on cuda:0, .* no kernel compiled in for device type 'cuda'; it serves .* cpu"
+    with pytest.raises(NotImplementedError, match=sentence):
+        getattr(cpu_build, function)(**on_cuda(dense()))
 
 
 @pytest.mark.parametrize(
