@@ -34,7 +34,9 @@ from models import (
 from torch import Tensor
 from transformers import KernelConfig, PreTrainedModel
 
-SLACK = 1.25
+# GPU kernels multiply in bfloat16 what transformers' torch functions multiply in float32: one more
+# rounding, of the size of those that the bfloat16 model around them makes.
+SLACK = {"cpu": 1.25, "cuda": 1.25 * 2**0.5}
 KDA_LAYERS = 2
 PREFILL_OPS = {"chunk_kda_fwd", "chunk_kda"}
 DECODE_OPS = {"recurrent_kda_fwd", "recurrent_kda_pool_fwd"}
@@ -87,7 +89,8 @@ def check_errors(own: list[Tensor], ours: list[Tensor], exact: list[Tensor]) -> 
     """Each of our results is as close to the exact one as that of transformers' own layers."""
     for x_own, x_ours, x_exact in zip(own, ours, exact):
         assert x_ours.dtype == x_own.dtype and x_ours.shape == x_own.shape
-        allowed = max(SLACK * relative_error(x_own, x_exact), 2 * torch.finfo(x_own.dtype).eps)
+        slack = SLACK[x_ours.device.type]
+        allowed = max(slack * relative_error(x_own, x_exact), 2 * torch.finfo(x_own.dtype).eps)
         assert relative_error(x_ours, x_exact) <= allowed
 
 
@@ -294,7 +297,7 @@ def test_training_step(flashkda, make, device, T):
     for name in ("forget_gate.A_log", "forget_gate.dt_bias", "q_proj.weight", "b_proj.weight"):
         assert sum(key.endswith(f"self_attn.{name}") for key in ours) >= KDA_LAYERS
     errors = [root_mean_square_error([*g.values()], [*exact.values()]) for g in (ours, own)]
-    assert errors[0] <= SLACK * errors[1]
+    assert errors[0] <= SLACK[device] * errors[1]
 
 
 # The ways in which transformers and the kernels library put a layer into a model
@@ -336,8 +339,10 @@ def test_local_layer_repository(flashkda, make):
 
 
 def kernel_config() -> KernelConfig:
+    """As in the README, without transformers' default kernels: the Hub of the test lacks those."""
     options = {"version": 1, "trust_remote_code": True}
-    return KernelConfig({name: (f"{REPO_ID}:{layer}", options) for name, layer in LAYERS.items()})
+    kernels = {name: (f"{REPO_ID}:{layer}", options) for name, layer in LAYERS.items()}
+    return KernelConfig(kernels, inherit_mapping=False)
 
 
 def test_kernel_config_names_the_devices_it_takes(flashkda):
