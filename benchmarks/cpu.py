@@ -10,6 +10,7 @@ tensors it returns (Linux: /proc/self).
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import sys
 import time
@@ -98,6 +99,8 @@ def memory_mb(call: Call) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
+    # What earlier calls freed must not serve this one unseen.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
     results = call()

@@ -1,4 +1,5 @@
-// The kernels for x86 with AVX2 and FMA. Everything after the pragma is compiled for it, and only called where it is there.
+// The kernels for x86 with AVX2 and FMA. Everything after the pragma is compiled for it, and only
+// called where it is there.
 #if defined(__x86_64__)
 #include "kernels/prelude.h"
 

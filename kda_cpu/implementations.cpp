@@ -22,7 +22,8 @@ const std::vector<Implementation>& implementations() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       found.push_back(avx512::kImplementation);
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(avx2::kImplementation);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      found.push_back(avx2::kImplementation);
 #endif
     found.push_back(portable::kImplementation);
     return found;

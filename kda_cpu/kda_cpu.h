@@ -9,8 +9,8 @@
 
 namespace flashkda::cpu {
 
-// Lends threads: run(n, body) calls body(i) once for every i in [0, n), n <= count, at the same time or in turn.
-// Results have the same bits for every count and every order.
+// Lends threads: run(n, body) calls body(i) once for every i in [0, n), n <= count, at the same
+// time or in turn. Results have the same bits for every count and every order.
 struct Threads {
   int count = 1;
   std::function<void(int n, const std::function<void(int)>& body)> run;

@@ -1,4 +1,5 @@
-// What the CPU kernels are told: plain pointers, strides and choices, all checked before they get here.
+// What the CPU kernels are told: plain pointers, strides and choices, all checked before they get
+// here.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@ enum class DType : int { kF32, kBF16, kF16 };
 enum class Gate : int { kGiven, kSoftplus, kBounded };
 enum class BetaMode : int { kGiven, kSigmoid, kTwiceSigmoid };
 
-// A [B, T, heads, D] tensor with any strides, counted in elements. beta is [B, T, heads]: its stride_d is not used.
+// A [B, T, heads, D] tensor with any strides, counted in elements. beta is [B, T, heads]: its
+// stride_d is not used.
 struct TokenTensor {
   void* data = nullptr;
   DType dtype = DType::kF32;
@@ -19,7 +21,8 @@ struct TokenTensor {
   int64_t stride_d = 1;
 };
 
-// A [rows, HV, K, V] tensor (or [rows, HV, V, K]), contiguous but for its first dimension; data is null where absent.
+// A [rows, HV, K, V] tensor (or [rows, HV, V, K]), contiguous but for its first dimension; data is
+// null where absent.
 struct StateTensor {
   void* data = nullptr;
   DType dtype = DType::kF32;
@@ -36,7 +39,8 @@ struct IndexTensor {
 
   int64_t at(int64_t n, int64_t t = 0) const {
     const int64_t offset = n * stride_n + t * stride_t;
-    return is_64 ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
+    return is_64 ? static_cast<const int64_t*>(data)[offset]
+                 : static_cast<const int32_t*>(data)[offset];
   }
 };
 
@@ -62,7 +66,8 @@ struct Problem {
   bool l2norm = false;
 };
 
-// What continuous batching adds for a few tokens a sequence (docs/architecture.md, recurrent_kda_pool_fwd).
+// What continuous batching adds for a few tokens a sequence (docs/architecture.md,
+// recurrent_kda_pool_fwd).
 struct Pool {
   IndexTensor state_indices;        // [N] or [N, T]; null: sequence n owns row n
   bool per_token = false;           // state_indices is [N, T]

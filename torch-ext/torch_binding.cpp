@@ -17,16 +17,22 @@ using torch::headeronly::ScalarType;
 
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::kF32;
-    case ScalarType::BFloat16: return DType::kBF16;
-    case ScalarType::Half: return DType::kF16;
-    default: STD_TORCH_CHECK(false, "flashkda on CPU takes float32, bfloat16 and float16 tensors, not ", x.scalar_type());
+    case ScalarType::Float:
+      return DType::kF32;
+    case ScalarType::BFloat16:
+      return DType::kBF16;
+    case ScalarType::Half:
+      return DType::kF16;
+    default:
+      STD_TORCH_CHECK(false, "flashkda on CPU takes float32, bfloat16 and float16 tensors, not ",
+                      x.scalar_type());
   }
 }
 
 TokenTensor tokens(const Tensor& x) {
   const bool has_d = x.dim() == 4;
-  return {x.data_ptr(), dtype_of(x), x.stride(0), x.stride(1), x.stride(2), has_d ? x.stride(3) : 0};
+  return {x.data_ptr(), dtype_of(x), x.stride(0),
+          x.stride(1),  x.stride(2), has_d ? x.stride(3) : 0};
 }
 
 StateTensor states(const std::optional<Tensor>& x) {
@@ -36,17 +42,19 @@ StateTensor states(const std::optional<Tensor>& x) {
 
 IndexTensor indices(const std::optional<Tensor>& x) {
   if (!x) return {};
-  return {x->data_ptr(), x->scalar_type() == ScalarType::Long, x->stride(0), x->dim() == 2 ? x->stride(1) : 0};
+  return {x->data_ptr(), x->scalar_type() == ScalarType::Long, x->stride(0),
+          x->dim() == 2 ? x->stride(1) : 0};
 }
 
 const float* floats(const std::optional<Tensor>& x) {
   return x ? static_cast<const float*>(x->data_ptr()) : nullptr;
 }
 
-Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                   const std::optional<Tensor>& A_log, const std::optional<Tensor>& dt_bias,
-                   const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
-                   const Tensor& o, const std::optional<Tensor>& final_state, double scale, int64_t gate,
+Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                   const Tensor& beta, const std::optional<Tensor>& A_log,
+                   const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_state,
+                   const std::optional<Tensor>& cu_seqlens, const Tensor& o,
+                   const std::optional<Tensor>& final_state, double scale, int64_t gate,
                    double lower_bound, int64_t beta_mode, bool l2norm, bool state_v_first) {
   Problem p;
   p.B = q.size(0);
@@ -76,8 +84,8 @@ Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   return p;
 }
 
-Pool pool_of(const std::optional<Tensor>& state_indices, const std::optional<Tensor>& num_accepted_tokens,
-             bool in_place) {
+Pool pool_of(const std::optional<Tensor>& state_indices,
+             const std::optional<Tensor>& num_accepted_tokens, bool in_place) {
   Pool pool;
   pool.state_indices = indices(state_indices);
   pool.per_token = state_indices && state_indices->dim() == 2;
@@ -98,25 +106,30 @@ Threads torch_threads() {
 
 }  // namespace
 
-void chunk_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                   const std::optional<Tensor>& A_log, const std::optional<Tensor>& dt_bias,
-                   const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
-                   Tensor o, std::optional<Tensor> final_state, double scale, int64_t gate,
+void chunk_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                   const Tensor& beta, const std::optional<Tensor>& A_log,
+                   const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_state,
+                   const std::optional<Tensor>& cu_seqlens, Tensor o,
+                   std::optional<Tensor> final_state, double scale, int64_t gate,
                    double lower_bound, int64_t beta_mode, bool l2norm, bool state_v_first) {
-  const Problem p = problem_of(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o, final_state,
-                               scale, gate, lower_bound, beta_mode, l2norm, state_v_first);
+  const Problem p =
+      problem_of(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o, final_state, scale,
+                 gate, lower_bound, beta_mode, l2norm, state_v_first);
   implementations().front().chunk_kda_fwd(p, torch_threads());
 }
 
 void recurrent_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                        const Tensor& beta, const std::optional<Tensor>& A_log,
-                       const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_state,
-                       const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& state_indices,
+                       const std::optional<Tensor>& dt_bias,
+                       const std::optional<Tensor>& initial_state,
+                       const std::optional<Tensor>& cu_seqlens,
+                       const std::optional<Tensor>& state_indices,
                        const std::optional<Tensor>& num_accepted_tokens, Tensor o,
-                       std::optional<Tensor> final_state, double scale, int64_t gate, double lower_bound,
-                       int64_t beta_mode, bool l2norm, bool state_v_first) {
-  const Problem p = problem_of(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o, final_state,
-                               scale, gate, lower_bound, beta_mode, l2norm, state_v_first);
+                       std::optional<Tensor> final_state, double scale, int64_t gate,
+                       double lower_bound, int64_t beta_mode, bool l2norm, bool state_v_first) {
+  const Problem p =
+      problem_of(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o, final_state, scale,
+                 gate, lower_bound, beta_mode, l2norm, state_v_first);
   implementations().front().recurrent_kda_fwd(p, pool_of(state_indices, num_accepted_tokens, false),
                                               torch_threads());
 }
@@ -126,11 +139,11 @@ void recurrent_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, c
                             const std::optional<Tensor>& dt_bias, Tensor state,
                             const std::optional<Tensor>& cu_seqlens,
                             const std::optional<Tensor>& state_indices,
-                            const std::optional<Tensor>& num_accepted_tokens, Tensor o, double scale,
-                            int64_t gate, double lower_bound, int64_t beta_mode, bool l2norm,
-                            bool state_v_first) {
-  const Problem p = problem_of(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, o, state, scale, gate,
-                               lower_bound, beta_mode, l2norm, state_v_first);
+                            const std::optional<Tensor>& num_accepted_tokens, Tensor o,
+                            double scale, int64_t gate, double lower_bound, int64_t beta_mode,
+                            bool l2norm, bool state_v_first) {
+  const Problem p = problem_of(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, o, state, scale,
+                               gate, lower_bound, beta_mode, l2norm, state_v_first);
   implementations().front().recurrent_kda_fwd(p, pool_of(state_indices, num_accepted_tokens, true),
                                               torch_threads());
 }
@@ -138,13 +151,16 @@ void recurrent_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, c
 }  // namespace flashkda::cpu
 
 // The common tail of every op; docs/architecture.md says what the numbers mean.
-#define FLASHKDA_CHOICES \
-  "float scale, int gate, float lower_bound, int beta_mode, bool l2norm, bool state_v_first) -> ()"
+#define FLASHKDA_CHOICES                                                                          \
+  "float scale, int gate, float lower_bound, int beta_mode, bool l2norm, bool state_v_first) -> " \
+  "()"
 
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
-      "chunk_kda_fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
-      "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) o, Tensor(b!)? final_state, " FLASHKDA_CHOICES);
+      "chunk_kda_fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? "
+      "dt_bias, "
+      "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) o, Tensor(b!)? "
+      "final_state, " FLASHKDA_CHOICES);
   ops.def(
       "recurrent_kda_fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, "
       "Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor? state_indices, "

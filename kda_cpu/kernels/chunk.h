@@ -1,6 +1,7 @@
 // Prefill: one sequence and head, chunk by chunk.
 //
-// With G_i = sum of g_t for t <= i within the chunk, and S the state before it (kda.md, the chunk form):
+// With G_i = sum of g_t for t <= i within the chunk, and S the state before it (kda.md, the chunk
+// form):
 //
 //     A_ij = beta_i sum_d k_i[d] k_j[d] exp(G_i[d] - G_j[d])    j < i
 //     M_ij =        sum_d q_i[d] k_j[d] exp(G_i[d] - G_j[d])    j <= i
@@ -8,19 +9,23 @@
 //     O  = scale (Qbar S + M U)              Qbar_i = q_i exp(G_i)
 //     S' = Diag(exp G_C) S + Ktilde^T U      Ktilde_j = k_j exp(G_C - G_j)
 //
-// Where the time goes, for C = 16 tokens and K = V = 128: the three products with the state take 1.57 MFLOP, and so many
-// a token whatever C is; A and M grow with C and take 0.1 MFLOP. So C is small: the least that lets every element of S,
-// once it is in a register, serve for many multiply-adds. (32 rows of Kbar and Qbar share one pass over S.)
+// Where the time goes, for C = 16 tokens and K = V = 128: the three products with the state
+// take 1.57 MFLOP, and so many a token whatever C is; A and M grow with C and take 0.1 MFLOP. So C
+// is small: the least that lets every element of S, once it is in a register, serve for many
+// multiply-adds. (32 rows of Kbar and Qbar share one pass over S.)
 //
-// How every gate is exact: an exponential of a difference is never split into factors that could overflow. Each key is
-// carried along the chunk, w_j = k_j exp(G_i - G_j), and decayed by exp(g_i) <= 1 when token i comes: one multiplication
-// an element, next to the two multiply-adds that the element's terms of A_ij and M_ij need anyway. Every factor is a product
-// of decays, so it underflows only where the true product does; no reference points, no case for steep gates. After
-// the last token the w_j are Ktilde. One exponential an element is all there is, and one more a channel: the decay of
-// the state is exp(G_C) rather than a product of C rounded factors, because it is applied anew in every chunk and a
-// product would lose C times as much on channels that remember for thousands of tokens.
+// How every gate is exact: an exponential of a difference is never split into factors that could
+// overflow. Each key is carried along the chunk, w_j = k_j exp(G_i - G_j), and decayed by exp(g_i)
+// <= 1 when token i comes: one multiplication an element, next to the two multiply-adds that the
+// element's terms of A_ij and M_ij need anyway. Every factor is a product of decays, so it
+// underflows only where the true product does; no reference points, no case for steep gates. After
+// the last token the w_j are Ktilde. One exponential an element is all there is, and one more a
+// channel: the decay of the state is exp(G_C) rather than a product of C rounded factors, because
+// it is applied anew in every chunk and a product would lose C times as much on channels that
+// remember for thousands of tokens.
 //
-// U is found by substitution, row by row; no inverse is formed. A row of A, M, U and O depends on earlier tokens only.
+// U is found by substitution, row by row; no inverse is formed. A row of A, M, U and O depends on
+// earlier tokens only.
 #pragma once
 
 #include "state.h"
@@ -71,8 +76,8 @@ inline void decay_factors(const ChunkScratch& s, int64_t C) {
   }
 }
 
-// Rows of A and M, and in w the keys decayed to the end of the chunk. Keys are taken four at a time; those that are not
-// there yet (j >= i) may be anything, what they give is not used.
+// Rows of A and M, and in w the keys decayed to the end of the chunk. Keys are taken four at a
+// time; those that are not there yet (j >= i) may be anything, what they give is not used.
 inline void token_pairs(const ChunkScratch& s, int64_t C) {
   const int64_t ld = s.x.ld_k;
   for (int64_t i = 0; i < C; ++i) {
@@ -90,7 +95,8 @@ inline void token_pairs(const ChunkScratch& s, int64_t C) {
           m[r] += w_d * q_d;
         }
       }
-      const Vec sum_a = sum_lanes(a[0], a[1], a[2], a[3]), sum_m = sum_lanes(m[0], m[1], m[2], m[3]);
+      const Vec sum_a = sum_lanes(a[0], a[1], a[2], a[3]),
+                sum_m = sum_lanes(m[0], m[1], m[2], m[3]);
       std::memcpy(s.A + i * kChunk + j, &sum_a, 4 * sizeof(float));
       std::memcpy(s.M + i * kChunk + j, &sum_m, 4 * sizeof(float));
     }
@@ -104,10 +110,12 @@ inline void token_pairs(const ChunkScratch& s, int64_t C) {
   }
 }
 
-// acc[r] += sum over j < n of a[r * stride_r + j * stride_j] * b[j * ld_b ...], for kRows rows of one tile of columns.
+// acc[r] += sum over j < n of a[r * stride_r + j * stride_j] * b[j * ld_b ...], for kRows rows of
+// one tile of columns.
 template <int kRows>
-FLASHKDA_INLINE void multiply_add(const float* a, int64_t stride_r, int64_t stride_j, const float* b, int64_t ld_b,
-                                  int64_t n, Vec (&acc)[kRows][kTileVecs]) {
+FLASHKDA_INLINE void multiply_add(const float* a, int64_t stride_r, int64_t stride_j,
+                                  const float* b, int64_t ld_b, int64_t n,
+                                  Vec (&acc)[kRows][kTileVecs]) {
   for (int64_t j = 0; j < n; ++j) {
     Vec b_j[kTileVecs];
 #pragma GCC unroll 8
@@ -129,7 +137,8 @@ inline void read_state(const ChunkScratch& s, int64_t row, int64_t col, int64_t 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kTileVecs; ++c) store(s.P + (row + r) * s.x.ld_v + col + c * kLanes, acc[r][c]);
+    for (int c = 0; c < kTileVecs; ++c)
+      store(s.P + (row + r) * s.x.ld_v + col + c * kLanes, acc[r][c]);
   }
 }
 
@@ -141,7 +150,8 @@ inline void write_state(const ChunkScratch& s, int64_t d, int64_t col, int64_t C
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kTileVecs; ++c) acc[r][c] = s.decay[d + r] * load(S + r * s.x.ld_v + c * kLanes);
+    for (int c = 0; c < kTileVecs; ++c)
+      acc[r][c] = s.decay[d + r] * load(S + r * s.x.ld_v + c * kLanes);
   }
   multiply_add<kRows>(s.w + d, 1, s.x.ld_k, s.x.v + col, s.x.ld_v, C, acc);
 #pragma GCC unroll 8

@@ -34,7 +34,8 @@ FLASHKDA_INLINE Vec load_as_f32(const F16* p) {
   const BitVec normal = magnitude + kRebias;
   const BitVec inf_or_nan = normal + kRebias;
   // Below the smallest normal number the significand is an integer count of 2^-24.
-  const BitVec subnormal = bit_cast<BitVec>(__builtin_convertvector(bit_cast<IntVec>(bits & 0x3ffu), Vec) * 0x1p-24f);
+  const BitVec subnormal =
+      bit_cast<BitVec>(__builtin_convertvector(bit_cast<IntVec>(bits & 0x3ffu), Vec) * 0x1p-24f);
   BitVec x = magnitude >= (0x7c00u << 13) ? inf_or_nan : normal;
   x = magnitude < (0x0400u << 13) ? subnormal : x;
   return bit_cast<Vec>(x | (bits & 0x8000u) << 16);
@@ -63,10 +64,11 @@ FLASHKDA_INLINE void store_from_f32(F16* p, Vec x) {
   store_bits16(p, half | sign);
 }
 
-// dst[i * ld + d] = src[i * stride_i + d * stride_d] for i < rows, d < cols; columns up to ld become 0. ld is a multiple
-// of kLanes.
+// dst[i * ld + d] = src[i * stride_i + d * stride_d] for i < rows, d < cols; columns up to ld
+// become 0. ld is a multiple of kLanes.
 template <class T>
-void load_rows(const T* src, int64_t stride_i, int64_t stride_d, int64_t rows, int64_t cols, float* dst, int64_t ld) {
+void load_rows(const T* src, int64_t stride_i, int64_t stride_d, int64_t rows, int64_t cols,
+               float* dst, int64_t ld) {
   T piece[kLanes];
   if (stride_d == 1) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -84,8 +86,8 @@ void load_rows(const T* src, int64_t stride_i, int64_t stride_d, int64_t rows, i
     }
     return;
   }
-  // Down the columns first: where stride_d is large, as in the [B, C, T] activations of a convolution, a cache line
-  // holds neighbouring rows.
+  // Down the columns first: where stride_d is large, as in the [B, C, T] activations of a
+  // convolution, a cache line holds neighbouring rows.
   float column[kLanes];
   for (int64_t i0 = 0; i0 < rows; i0 += kLanes) {
     const int64_t n = std::min<int64_t>(kLanes, rows - i0);
@@ -96,13 +98,15 @@ void load_rows(const T* src, int64_t stride_i, int64_t stride_d, int64_t rows, i
       store(column, load_as_f32(piece));
       for (int64_t i = 0; i < n; ++i) dst[(i0 + i) * ld + d] = column[i];
     }
-    for (int64_t i = 0; i < n; ++i) std::fill(dst + (i0 + i) * ld + cols, dst + (i0 + i + 1) * ld, 0.f);
+    for (int64_t i = 0; i < n; ++i)
+      std::fill(dst + (i0 + i) * ld + cols, dst + (i0 + i + 1) * ld, 0.f);
   }
 }
 
 // The way back; the padding is dropped.
 template <class T>
-void store_rows(const float* src, int64_t ld, int64_t rows, int64_t cols, T* dst, int64_t stride_i, int64_t stride_d) {
+void store_rows(const float* src, int64_t ld, int64_t rows, int64_t cols, T* dst, int64_t stride_i,
+                int64_t stride_d) {
   T piece[kLanes];
   for (int64_t i = 0; i < rows; ++i) {
     const float* from = src + i * ld;
@@ -123,9 +127,12 @@ void store_rows(const float* src, int64_t ld, int64_t rows, int64_t cols, T* dst
 template <class F>
 FLASHKDA_INLINE void with_dtype(void* data, DType dtype, int64_t offset, F&& f) {
   switch (dtype) {
-    case DType::kF32: return f(static_cast<float*>(data) + offset);
-    case DType::kBF16: return f(static_cast<BF16*>(data) + offset);
-    case DType::kF16: return f(static_cast<F16*>(data) + offset);
+    case DType::kF32:
+      return f(static_cast<float*>(data) + offset);
+    case DType::kBF16:
+      return f(static_cast<BF16*>(data) + offset);
+    case DType::kF16:
+      return f(static_cast<F16*>(data) + offset);
   }
 }
 

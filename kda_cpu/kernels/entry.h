@@ -1,4 +1,5 @@
-// From a problem to tasks, and from tasks to threads. Defines the Implementation of one instruction set.
+// From a problem to tasks, and from tasks to threads. Defines the Implementation of one instruction
+// set.
 #pragma once
 
 #include "chunk.h"
@@ -6,8 +7,8 @@
 
 namespace flashkda::cpu::FLASHKDA_CPU_ISA {
 
-// Rounds denormals to zero while it lives: decayed values pass through them on the way to 0, and arithmetic on them is
-// a hundred times slower. Only results below 1.2e-38 change.
+// Rounds denormals to zero while it lives: decayed values pass through them on the way to 0, and
+// arithmetic on them is a hundred times slower. Only results below 1.2e-38 change.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -30,9 +31,10 @@ class FlushDenormals {
 #endif
 };
 
-// Runs body(task, scratch) for every sequence, head and block of columns. Threads take the next task when they are done with
-// one; a task's result depends on nothing but the task. Columns are divided only where there are fewer heads than
-// threads, because every block repeats the work that does not depend on v.
+// Runs body(task, scratch) for every sequence, head and block of columns. Threads take the next
+// task when they are done with one; a task's result depends on nothing but the task. Columns are
+// divided only where there are fewer heads than threads, because every block repeats the work that
+// does not depend on v.
 template <class Scratch, class Body>
 void for_each_task(const Problem& p, const Threads& threads, const Body& body) {
   const int64_t heads = p.N * p.HV;
@@ -76,12 +78,14 @@ void for_each_task(const Problem& p, const Threads& threads, const Body& body) {
 }
 
 inline void chunk_kda_fwd(const Problem& p, const Threads& threads) {
-  for_each_task<ChunkScratch>(p, threads, [&](const Task& task, const ChunkScratch& s) { chunk_task(p, task, s); });
+  for_each_task<ChunkScratch>(
+      p, threads, [&](const Task& task, const ChunkScratch& s) { chunk_task(p, task, s); });
 }
 
 inline void recurrent_kda_fwd(const Problem& p, const Pool& pool, const Threads& threads) {
-  for_each_task<RecurrentScratch>(
-      p, threads, [&](const Task& task, const RecurrentScratch& s) { recurrent_task(p, pool, task, s); });
+  for_each_task<RecurrentScratch>(p, threads, [&](const Task& task, const RecurrentScratch& s) {
+    recurrent_task(p, pool, task, s);
+  });
 }
 
 extern const Implementation kImplementation = {FLASHKDA_CPU_NAME, chunk_kda_fwd, recurrent_kda_fwd};

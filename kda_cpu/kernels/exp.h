@@ -5,8 +5,9 @@
 
 namespace flashkda::cpu::FLASHKDA_CPU_ISA {
 
-// exp(x) = 2^n exp(f) with n = round(x / ln 2), |f| <= ln(2) / 2. Below ln(FLT_MIN) the result is 0, above 88 it is
-// exp(88); NaN stays NaN. The polynomial is the minimax fit of (exp(f) - 1 - f) / f^2, off by 3.1e-9 in exp(f).
+// exp(x) = 2^n exp(f) with n = round(x / ln 2), |f| <= ln(2) / 2. Below ln(FLT_MIN) the result is
+// 0, above 88 it is exp(88); NaN stays NaN. The polynomial is the minimax fit of (exp(f) - 1 - f) /
+// f^2, off by 3.1e-9 in exp(f).
 FLASHKDA_INLINE Vec exp(Vec x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves round(x) in the low bits of the sum
   constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
@@ -27,7 +28,8 @@ FLASHKDA_INLINE Vec exp(Vec x) {
   return x < -87.3365f ? zero : p * power;
 }
 
-// log(1 + y) for 0 <= y <= 1, as 2 atanh(s) with s = y / (2 + y): relative accuracy down to the smallest y.
+// log(1 + y) for 0 <= y <= 1, as 2 atanh(s) with s = y / (2 + y): relative accuracy down to the
+// smallest y.
 FLASHKDA_INLINE Vec log1p(Vec y) {
   const Vec s = y / (y + 2.f);
   const Vec z = s * s;

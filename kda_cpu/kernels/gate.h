@@ -13,7 +13,8 @@ FLASHKDA_INLINE Vec softplus(Vec x) {
   return (x < 0.f ? zero : x) + log1p(exp(-magnitude));
 }
 
-// The log decay of one head: g = -exp(A_log) softplus(x + dt_bias), or lower_bound sigmoid(exp(A_log) (x + dt_bias)).
+// The log decay of one head: g = -exp(A_log) softplus(x + dt_bias), or lower_bound
+// sigmoid(exp(A_log) (x + dt_bias)).
 struct HeadGate {
   Gate gate;
   float exp_A;
@@ -22,10 +23,12 @@ struct HeadGate {
 };
 
 inline HeadGate head_gate(const Problem& p, int64_t h) {
-  return {p.gate, p.A_log ? std::exp(p.A_log[h]) : 1.f, p.lower_bound, p.dt_bias ? p.dt_bias + h * p.K : nullptr};
+  return {p.gate, p.A_log ? std::exp(p.A_log[h]) : 1.f, p.lower_bound,
+          p.dt_bias ? p.dt_bias + h * p.K : nullptr};
 }
 
-// Replaces n rows of raw gates, K long and padded to ld, by log decays. Padded lanes become something finite.
+// Replaces n rows of raw gates, K long and padded to ld, by log decays. Padded lanes become
+// something finite.
 inline void activate_gate(const HeadGate& gate, int64_t n, int64_t K, float* g, int64_t ld) {
   if (gate.gate == Gate::kGiven) return;
   for (int64_t i = 0; i < n; ++i) {

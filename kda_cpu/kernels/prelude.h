@@ -1,5 +1,6 @@
-// What the kernels use of the standard library. Included before a source file raises its instruction set, so that
-// nothing of the library is compiled for instructions that the machine may lack.
+// What the kernels use of the standard library. Included before a source file raises its
+// instruction set, so that nothing of the library is compiled for instructions that the machine may
+// lack.
 #pragma once
 
 #include <algorithm>

@@ -1,19 +1,23 @@
-// Decode: one sequence and head, token by token, bound by reading and writing the state once a token.
+// Decode: one sequence and head, token by token, bound by reading and writing the state once a
+// token.
 //
 // With S' = Diag(exp g) S the output needs no look at the new state:
 //
-//     u = beta (v - S'^T k)      o = scale S_new^T q = scale (S'^T q + (k . q) u)      S_new = S' + k u^T
+//     u = beta (v - S'^T k)      o = scale S_new^T q = scale (S'^T q + (k . q) u)      S_new = S' +
+//     k u^T
 //
-// so both products are taken in one pass over S, and a second pass over the same tile, by then in the nearest cache, writes
-// S_new. The state is read from where it lies and written to where it shall lie when both are fp32 in whole vectors;
-// else it goes through scratch. It is carried in fp32 from the first token to the last, whatever it is stored as.
+// so both products are taken in one pass over S, and a second pass, which finds S in the core's
+// cache, writes S_new. The state is read from where it lies and written to where it shall lie when
+// both are fp32 in whole vectors; else it goes through scratch. It is carried in fp32 from the
+// first token to the last, whatever it is stored as.
 #pragma once
 
 #include "state.h"
 
 namespace flashkda::cpu::FLASHKDA_CPU_ISA {
 
-// The state as a step sees it: rows of K by the task's columns, or with state_v_first the task's columns by K.
+// The state as a step sees it: rows of K by the task's columns, or with state_v_first the task's
+// columns by K.
 struct StateRows {
   float* data;  // null: not wanted
   int64_t ld;
@@ -50,13 +54,19 @@ inline float prepare_token(const RecurrentScratch& s) {
 }
 
 // One token on a [K, V] state.
-inline void step_k_first(const RecurrentScratch& s, int64_t K, int64_t cols, float scale, StateRows from,
-                         StateRows to) {
+inline void step_k_first(const RecurrentScratch& s, int64_t K, int64_t cols, float scale,
+                         StateRows from, StateRows to) {
   const float kq = prepare_token(s), beta = s.x.beta[0];
+  // Fetching the lines to be written while the state is read takes 0.42 ms instead of 0.52 for 64
+  // states in memory, and 0.21 instead of 0.19 for those in cache; between two steps of a layer the
+  // other layers pass through the cache.
+  const bool fetch_target = to.data && to.data != from.data;
   for (int64_t col = 0; col < cols; col += kTileCols) {
     Vec Sk[kTileVecs] = {}, Sq[kTileVecs] = {};
     for (int64_t d = 0; d < K; ++d) {
       const float ek = s.ek[d], eq = s.eq[d];
+      for (int64_t c = 0; fetch_target && c < kTileCols; c += 16)
+        __builtin_prefetch(to.data + d * to.ld + col + c, 1);
 #pragma GCC unroll 8
       for (int c = 0; c < kTileVecs; ++c) {
         const Vec S = load(from.data + d * from.ld + col + c * kLanes);
@@ -84,7 +94,8 @@ inline void step_k_first(const RecurrentScratch& s, int64_t K, int64_t cols, flo
 
 // kRows columns of V of one token on a [V, K] state.
 template <int kRows>
-inline void step_v_rows(const RecurrentScratch& s, int64_t v, float kq, float scale, StateRows from, StateRows to) {
+inline void step_v_rows(const RecurrentScratch& s, int64_t v, float kq, float scale, StateRows from,
+                        StateRows to) {
   const int64_t ld_k = s.x.ld_k;
   Vec Sk[4] = {}, Sq[4] = {};
   for (int64_t d = 0; d < ld_k; d += kLanes) {
@@ -96,7 +107,8 @@ inline void step_v_rows(const RecurrentScratch& s, int64_t v, float kq, float sc
       Sq[r] += S * eq;
     }
   }
-  const Vec sum_k = sum_lanes(Sk[0], Sk[1], Sk[2], Sk[3]), sum_q = sum_lanes(Sq[0], Sq[1], Sq[2], Sq[3]);
+  const Vec sum_k = sum_lanes(Sk[0], Sk[1], Sk[2], Sk[3]),
+            sum_q = sum_lanes(Sq[0], Sq[1], Sq[2], Sq[3]);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     const float u = s.x.beta[0] * (s.x.v[v + r] - sum_k[r]);
@@ -109,7 +121,8 @@ inline void step_v_rows(const RecurrentScratch& s, int64_t v, float kq, float sc
   }
 }
 
-inline void step_v_first(const RecurrentScratch& s, int64_t cols, float scale, StateRows from, StateRows to) {
+inline void step_v_first(const RecurrentScratch& s, int64_t cols, float scale, StateRows from,
+                         StateRows to) {
   const float kq = prepare_token(s);
   int64_t v = 0;
   for (; v + 4 <= cols; v += 4) step_v_rows<4>(s, v, kq, scale, from, to);
@@ -153,7 +166,8 @@ struct Slots {
   }
 };
 
-// The task's part of a state tensor as rows of contiguous elements, and scratch that can stand in for it.
+// The task's part of a state tensor as rows of contiguous elements, and scratch that can stand in
+// for it.
 struct StateAccess {
   int64_t rows, row_len, row_stride, vector_len;
   StateRows scratch;
@@ -167,7 +181,9 @@ struct StateAccess {
     scratch = {s.S, p.state_v_first ? s.x.ld_k : s.x.ld_v};
   }
 
-  bool direct(const StateBlock& block) const { return block.dtype == DType::kF32 && row_len % vector_len == 0; }
+  bool direct(const StateBlock& block) const {
+    return block.dtype == DType::kF32 && row_len % vector_len == 0;
+  }
 
   StateRows in_place(const StateBlock& block) const {
     return {static_cast<float*>(block.data) + block.offset, row_stride};
@@ -182,12 +198,14 @@ struct StateAccess {
   }
 
   void write(StateRows from, const StateBlock& block) const {
-    with_dtype(block.data, block.dtype, block.offset,
-               [&](auto* dst) { store_rows(from.data, from.ld, rows, row_len, dst, row_stride, 1); });
+    with_dtype(block.data, block.dtype, block.offset, [&](auto* dst) {
+      store_rows(from.data, from.ld, rows, row_len, dst, row_stride, 1);
+    });
   }
 };
 
-inline void fill_with_nan(const Problem& p, const Pool& pool, const Task& task, const RecurrentScratch& s) {
+inline void fill_with_nan(const Problem& p, const Pool& pool, const Task& task,
+                          const RecurrentScratch& s) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::fill(s.o, s.o + s.x.ld_v, nan);
   for (int64_t t = task.begin; t < task.end; ++t) store_output(p, task, t, 1, s.o, s.x.ld_v);
@@ -198,7 +216,8 @@ inline void fill_with_nan(const Problem& p, const Pool& pool, const Task& task, 
   }
 }
 
-inline void recurrent_task(const Problem& p, const Pool& pool, const Task& task, const RecurrentScratch& s) {
+inline void recurrent_task(const Problem& p, const Pool& pool, const Task& task,
+                           const RecurrentScratch& s) {
   const Slots slots{pool, p, task};
   if (!slots.valid()) return fill_with_nan(p, pool, task, s);
 

@@ -12,16 +12,19 @@ struct StateBlock {
   int64_t offset, stride_k, stride_v;
 };
 
-inline StateBlock state_block(const Problem& p, const StateTensor& s, int64_t row, const Task& task) {
+inline StateBlock state_block(const Problem& p, const StateTensor& s, int64_t row,
+                              const Task& task) {
   const int64_t stride_k = p.state_v_first ? 1 : p.V;
   const int64_t stride_v = p.state_v_first ? p.K : 1;
-  return {s.data, s.dtype, row * s.stride_n + task.h * p.K * p.V + task.v0 * stride_v, stride_k, stride_v};
+  return {s.data, s.dtype, row * s.stride_n + task.h * p.K * p.V + task.v0 * stride_v, stride_k,
+          stride_v};
 }
 
 // S is [K, ld] with the task's columns first.
 inline void load_state(const StateBlock& from, int64_t K, int64_t cols, float* S, int64_t ld) {
-  with_dtype(from.data, from.dtype, from.offset,
-             [&](const auto* src) { load_rows(src, from.stride_k, from.stride_v, K, cols, S, ld); });
+  with_dtype(from.data, from.dtype, from.offset, [&](const auto* src) {
+    load_rows(src, from.stride_k, from.stride_v, K, cols, S, ld);
+  });
 }
 
 inline void store_state(const float* S, int64_t ld, int64_t K, int64_t cols, const StateBlock& to) {

@@ -6,11 +6,12 @@
 
 namespace flashkda::cpu::FLASHKDA_CPU_ISA {
 
-// One sequence, one value head, columns [v0, v1) of v, o and the state. Columns are independent of each other.
+// One sequence, one value head, columns [v0, v1) of v, o and the state. Columns are independent of
+// each other.
 struct Task {
-  int64_t n = 0;       // sequence
-  int64_t b = 0;       // batch row that holds it
-  int64_t begin = 0;   // its tokens are [begin, end) of that row
+  int64_t n = 0;      // sequence
+  int64_t b = 0;      // batch row that holds it
+  int64_t begin = 0;  // its tokens are [begin, end) of that row
   int64_t end = 0;
   int64_t h = 0;
   int64_t v0 = 0, v1 = 0;
@@ -43,11 +44,12 @@ struct TokenBlock {
         beta(arena.take(round_up(tokens, kLanes))) {}
 };
 
-inline void load_tensor(const TokenTensor& x, const Task& task, int64_t t, int64_t head, int64_t d0, int64_t tokens,
-                        int64_t cols, float* dst, int64_t ld) {
+inline void load_tensor(const TokenTensor& x, const Task& task, int64_t t, int64_t head, int64_t d0,
+                        int64_t tokens, int64_t cols, float* dst, int64_t ld) {
   const int64_t offset = task.b * x.stride_b + t * x.stride_t + head * x.stride_h + d0 * x.stride_d;
-  with_dtype(x.data, x.dtype, offset,
-             [&](const auto* src) { load_rows(src, x.stride_t, x.stride_d, tokens, cols, dst, ld); });
+  with_dtype(x.data, x.dtype, offset, [&](const auto* src) {
+    load_rows(src, x.stride_t, x.stride_d, tokens, cols, dst, ld);
+  });
 }
 
 inline void normalize_rows(float* x, int64_t rows, int64_t ld) {
@@ -62,9 +64,10 @@ inline void normalize_rows(float* x, int64_t rows, int64_t ld) {
   }
 }
 
-// Loads `tokens` tokens from t on: q and k normalised if asked, g as log decay, beta as write strength.
-inline void load_tokens(const Problem& p, const HeadGate& gate, const Task& task, int64_t t, int64_t tokens,
-                        const TokenBlock& x) {
+// Loads `tokens` tokens from t on: q and k normalised if asked, g as log decay, beta as write
+// strength.
+inline void load_tokens(const Problem& p, const HeadGate& gate, const Task& task, int64_t t,
+                        int64_t tokens, const TokenBlock& x) {
   const int64_t h_qk = task.h / (p.HV / p.H);
   load_tensor(p.q, task, t, h_qk, 0, tokens, p.K, x.q, x.ld_k);
   load_tensor(p.k, task, t, h_qk, 0, tokens, p.K, x.k, x.ld_k);
@@ -83,11 +86,14 @@ inline void load_tokens(const Problem& p, const HeadGate& gate, const Task& task
 }
 
 // Stores rows of o for the tokens from t on.
-inline void store_output(const Problem& p, const Task& task, int64_t t, int64_t tokens, const float* o, int64_t ld) {
+inline void store_output(const Problem& p, const Task& task, int64_t t, int64_t tokens,
+                         const float* o, int64_t ld) {
   const TokenTensor& x = p.o;
-  const int64_t offset = task.b * x.stride_b + t * x.stride_t + task.h * x.stride_h + task.v0 * x.stride_d;
-  with_dtype(x.data, x.dtype, offset,
-             [&](auto* dst) { store_rows(o, ld, tokens, task.v1 - task.v0, dst, x.stride_t, x.stride_d); });
+  const int64_t offset =
+      task.b * x.stride_b + t * x.stride_t + task.h * x.stride_h + task.v0 * x.stride_d;
+  with_dtype(x.data, x.dtype, offset, [&](auto* dst) {
+    store_rows(o, ld, tokens, task.v1 - task.v0, dst, x.stride_t, x.stride_d);
+  });
 }
 
 }  // namespace flashkda::cpu::FLASHKDA_CPU_ISA

@@ -1,5 +1,5 @@
-// Checks the CPU kernels without torch, every instruction set that this machine has, against a recurrence in double.
-// Exits with 1 and a sentence at the first difference.
+// Checks the CPU kernels without torch, every instruction set that this machine has, against a
+// recurrence in double. Exits with 1 and a sentence at the first difference.
 //
 //     make -C tests/cpp run                                   natively
 //     make -C tests/cpp run-aarch64                           cross-compiled, under qemu-aarch64
@@ -46,7 +46,9 @@ Threads threads(int count) {
 class Random {
  public:
   explicit Random(uint64_t seed) : engine_(seed) {}
-  double uniform(double low = 0, double high = 1) { return low + (high - low) * (engine_() >> 11) * 0x1p-53; }
+  double uniform(double low = 0, double high = 1) {
+    return low + (high - low) * (engine_() >> 11) * 0x1p-53;
+  }
   double normal() {  // Box and Muller's; the library's own differs between libraries
     return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform());
   }
@@ -72,11 +74,13 @@ struct Error {
     norm += expected * expected;
   }
   double relative() const {
-    return !finite ? std::numeric_limits<double>::infinity() : std::sqrt(difference / std::max(norm, 1e-60));
+    return !finite ? std::numeric_limits<double>::infinity()
+                   : std::sqrt(difference / std::max(norm, 1e-60));
   }
 };
 
-// What rounding to the dtype alone may cost, and for fp32 what a kernel may lose: a few roundings a token.
+// What rounding to the dtype alone may cost, and for fp32 what a kernel may lose: a few roundings a
+// token.
 double tolerance(DType dtype) {
   return dtype == DType::kF32 ? 2e-6 : dtype == DType::kBF16 ? 0x1p-8 : 0x1p-11;
 }
@@ -103,8 +107,8 @@ struct Case {
     return sums;
   }
 
-  static Problem shape(Random& random, const std::vector<int64_t>& lengths, bool varlen, DType dtype, int64_t H,
-                       int64_t group, int64_t K, int64_t V) {
+  static Problem shape(Random& random, const std::vector<int64_t>& lengths, bool varlen,
+                       DType dtype, int64_t H, int64_t group, int64_t K, int64_t V) {
     Problem p;
     p.N = static_cast<int64_t>(lengths.size());
     p.B = varlen ? 1 : p.N;
@@ -127,11 +131,12 @@ struct Case {
         q(p.q.dtype, p.B, p.T, p.H, p.K, layout(random)),
         k(p.q.dtype, p.B, p.T, p.H, p.K, layout(random)),
         v(p.q.dtype, p.B, p.T, p.HV, p.V, layout(random)),
-        g(random.pick({DType::kF32, DType::kF32, DType::kBF16, DType::kF16}), p.B, p.T, p.HV, p.K, layout(random)),
+        g(random.pick({DType::kF32, DType::kF32, DType::kBF16, DType::kF16}), p.B, p.T, p.HV, p.K,
+          layout(random)),
         beta(random.chance(0.5) ? p.q.dtype : DType::kF32, p.B, p.T, p.HV, 1, layout(random)),
         o(p.q.dtype, p.B, p.T, p.HV, p.V, random.pick({Layout::kContiguous, Layout::kPadded})),
-        initial(random.chance(0.7) ? DType::kF32 : DType::kBF16, p.N, p.HV, p.K, p.V, p.state_v_first,
-                random.below(2) * 5),
+        initial(random.chance(0.7) ? DType::kF32 : DType::kBF16, p.N, p.HV, p.K, p.V,
+                p.state_v_first, random.below(2) * 5),
         final(random.chance(0.7) ? DType::kF32 : DType::kBF16, p.N, p.HV, p.K, p.V, p.state_v_first,
               random.below(2) * 5),
         cu_seqlens(random.chance(0.5), 1, offsets(lengths)) {
@@ -147,12 +152,14 @@ struct Case {
       for (int64_t h = 0; h < p.HV; ++h) A_log.push_back(static_cast<float>(random.normal()));
     }
     if (p.gate != Gate::kGiven && random.chance(0.7)) {
-      for (int64_t i = 0; i < p.HV * p.K; ++i) dt_bias.push_back(static_cast<float>(random.normal()));
+      for (int64_t i = 0; i < p.HV * p.K; ++i)
+        dt_bias.push_back(static_cast<float>(random.normal()));
     }
     fill_gate(random);
     if (random.chance(0.7)) {
       initial.fill([&] { return random.normal(); });
-      p.initial_state.rows = p.N;  // marks it as given; the pointer is taken when a kernel is called
+      p.initial_state.rows =
+          p.N;  // marks it as given; the pointer is taken when a kernel is called
     }
   }
 
@@ -162,7 +169,8 @@ struct Case {
       g.fill([&] { return shift + spread * random.normal(); });
       return;
     }
-    // Slow, exactly 0, usual, steep, the four in one head, and decays that forget everything at a stroke.
+    // Slow, exactly 0, usual, steep, the four in one head, and decays that forget everything at a
+    // stroke.
     const int64_t regime = random.below(6);
     const double size[] = {1e-4, 0, 2.5, 1000};
     g.fill([&] {
@@ -179,8 +187,10 @@ struct Case {
       for (int64_t h = 0; h < p.HV; ++h) {
         std::vector<double> S(p.K * p.V, 0.0), o_n(lengths[n] * p.V);
         for (int64_t d = 0; p.initial_state.rows && d < p.K; ++d)
-          for (int64_t c = 0; c < p.V; ++c) S[d * p.V + c] = initial.memory.get(initial.at(n, h, d, c));
-        recurrence(p, inputs(), varlen ? 0 : n, first[n], first[n] + lengths[n], h, S, o_n, [](int64_t, auto&) {});
+          for (int64_t c = 0; c < p.V; ++c)
+            S[d * p.V + c] = initial.memory.get(initial.at(n, h, d, c));
+        recurrence(p, inputs(), varlen ? 0 : n, first[n], first[n] + lengths[n], h, S, o_n,
+                   [](int64_t, auto&) {});
         expected_o.push_back(std::move(o_n));
         expected_S.push_back(std::move(S));
       }
@@ -190,7 +200,8 @@ struct Case {
   // The problem with pointers to memory; o and the final state are all guards again.
   Problem problem() {
     Problem full = p;
-    full.q = q.tensor(), full.k = k.tensor(), full.v = v.tensor(), full.g = g.tensor(), full.beta = beta.tensor();
+    full.q = q.tensor(), full.k = k.tensor(), full.v = v.tensor(), full.g = g.tensor(),
+    full.beta = beta.tensor();
     full.o = o.tensor();
     full.A_log = A_log.empty() ? nullptr : A_log.data();
     full.dt_bias = dt_bias.empty() ? nullptr : dt_bias.data();
@@ -203,16 +214,19 @@ struct Case {
   std::string describe() const {
     char text[512];
     std::snprintf(text, sizeof(text),
-                  "N=%d T=%d%s H=%d HV=%d K=%d V=%d dtype=%d g=%d beta=%d gate=%d beta_mode=%d l2norm=%d v_first=%d "
+                  "N=%d T=%d%s H=%d HV=%d K=%d V=%d dtype=%d g=%d beta=%d gate=%d beta_mode=%d "
+                  "l2norm=%d v_first=%d "
                   "initial=%d/%d final=%d",
-                  int(p.N), int(p.T), varlen ? " varlen" : "", int(p.H), int(p.HV), int(p.K), int(p.V),
-                  int(q.memory.dtype()), int(g.memory.dtype()), int(beta.memory.dtype()), int(p.gate),
-                  int(p.beta_mode), p.l2norm, p.state_v_first, p.initial_state.rows != 0, int(initial.memory.dtype()),
+                  int(p.N), int(p.T), varlen ? " varlen" : "", int(p.H), int(p.HV), int(p.K),
+                  int(p.V), int(q.memory.dtype()), int(g.memory.dtype()), int(beta.memory.dtype()),
+                  int(p.gate), int(p.beta_mode), p.l2norm, p.state_v_first,
+                  p.initial_state.rows != 0, int(initial.memory.dtype()),
                   int(final.memory.dtype()));
     return text;
   }
 
-  // Compares o and the final state, and looks for writes between their rows. Returns the worst error over tolerance.
+  // Compares o and the final state, and looks for writes between their rows. Returns the worst
+  // error over tolerance.
   double compare(const char* name, bool with_state) const {
     double worst = 0;
     int64_t written = 0;
@@ -229,8 +243,11 @@ struct Case {
         const double over_o = error_o.relative() / tolerance(o.memory.dtype());
         const double over_S = error_S.relative() / tolerance(final.memory.dtype());
         if (!(over_o <= 1) || !(over_S <= 1)) {
-          fail("%s: sequence %d of %d tokens, head %d: relative error %.2e of o, %.2e of the final state; %s", name,
-               int(n), int(lengths[n]), int(h), error_o.relative(), error_S.relative(), describe().c_str());
+          fail(
+              "%s: sequence %d of %d tokens, head %d: relative error %.2e of o, %.2e of the final "
+              "state; %s",
+              name, int(n), int(lengths[n]), int(h), error_o.relative(), error_S.relative(),
+              describe().c_str());
         }
         worst = std::max({worst, over_o, over_S});
         written += lengths[n] * p.V;
@@ -238,8 +255,10 @@ struct Case {
     }
     int64_t changed = 0, changed_state = 0;
     for (int64_t i = 0; i < o.memory.size(); ++i) changed += o.memory.bits(i) != o.memory.guard();
-    for (int64_t i = 0; i < final.memory.size(); ++i) changed_state += final.memory.bits(i) != final.memory.guard();
-    if (changed != written) fail("%s: o was written between its rows; %s", name, describe().c_str());
+    for (int64_t i = 0; i < final.memory.size(); ++i)
+      changed_state += final.memory.bits(i) != final.memory.guard();
+    if (changed != written)
+      fail("%s: o was written between its rows; %s", name, describe().c_str());
     if (changed_state != (with_state ? p.N * p.HV * p.K * p.V : 0)) {
       fail("%s: the final state was written between its rows; %s", name, describe().c_str());
     }
@@ -296,7 +315,8 @@ void check_results() {
   std::vector<double> worst(implementations().size());
   int cases = 0;
   for (const auto& lengths : batches) {
-    const bool equal = std::count(lengths.begin(), lengths.end(), lengths[0]) == int64_t(lengths.size());
+    const bool equal =
+        std::count(lengths.begin(), lengths.end(), lengths[0]) == int64_t(lengths.size());
     for (int repeat = 0; repeat < 3; ++repeat, ++cases) {
       Case c = random_case(random, lengths, !equal || random.chance(0.3));
       c.expect();
@@ -306,7 +326,8 @@ void check_results() {
           Problem p = c.problem();
           if (!with_state) p.final_state = {};
           call(implementations()[i], chunked, p, 1 + cases % 3);
-          const std::string name = std::string(implementations()[i].name) + (chunked ? ", chunks" : ", recurrence");
+          const std::string name =
+              std::string(implementations()[i].name) + (chunked ? ", chunks" : ", recurrence");
           worst[i] = std::max(worst[i], c.compare(name.c_str(), with_state));
         }
       }
@@ -318,7 +339,8 @@ void check_results() {
   }
 }
 
-// A decay of exp(-1e-4) a token is rounded to fp32 the same way every time: thousands of tokens must not add that up.
+// A decay of exp(-1e-4) a token is rounded to fp32 the same way every time: thousands of tokens
+// must not add that up.
 void check_long_memory() {
   Random random(2);
   Problem p = Case::shape(random, {4096}, false, DType::kF32, 1, 1, 32, 16);
@@ -345,7 +367,8 @@ void check_bits() {
   Random random(3);
   for (int i = 0; i < 12; ++i) {
     const std::vector<int64_t> lengths{17, 0, 33, 5};
-    Problem shape = Case::shape(random, lengths, true, random.pick({DType::kF32, DType::kBF16}), 1, 2, 20, 200);
+    Problem shape =
+        Case::shape(random, lengths, true, random.pick({DType::kF32, DType::kBF16}), 1, 2, 20, 200);
     Case c(random, lengths, true, shape);
     // Sequence 2 alone, from the same memory: what stands around it must not matter.
     const Indices alone(false, 1, {17, 50});
@@ -358,21 +381,25 @@ void check_bits() {
           call(with, chunked, c.problem(), count);
           for (int64_t n = 0; n < c.p.N; ++n) {
             if (c.result_bits(n) != expected[n]) {
-              fail("%s: %d threads give other bits than one; %s", with.name, count, c.describe().c_str());
+              fail("%s: %d threads give other bits than one; %s", with.name, count,
+                   c.describe().c_str());
             }
           }
         }
         Problem p = c.problem();
         p.N = 1, p.cu_seqlens = alone.tensor();
         const int64_t bytes = c.final.memory.dtype() == DType::kF32 ? 4 : 2;
-        p.final_state.data = static_cast<char*>(p.final_state.data) + 2 * p.final_state.stride_n * bytes;
+        p.final_state.data =
+            static_cast<char*>(p.final_state.data) + 2 * p.final_state.stride_n * bytes;
         if (p.initial_state.data) {
           const int64_t width = c.initial.memory.dtype() == DType::kF32 ? 4 : 2;
-          p.initial_state.data = static_cast<char*>(p.initial_state.data) + 2 * p.initial_state.stride_n * width;
+          p.initial_state.data =
+              static_cast<char*>(p.initial_state.data) + 2 * p.initial_state.stride_n * width;
         }
         call(with, chunked, p, 2);
         if (c.result_bits(2) != expected[2]) {
-          fail("%s: a sequence alone gives other bits than in company; %s", with.name, c.describe().c_str());
+          fail("%s: a sequence alone gives other bits than in company; %s", with.name,
+               c.describe().c_str());
         }
 
         const Case healthy = c;
@@ -390,22 +417,24 @@ void check_bits() {
             if (std::isnan(earlier)) fail("%s: a NaN went back in time", with.name);
           }
         }
-        if (!std::isnan(c.o.memory.value(c.o.at(0, 17 + 3, 1, 4)))) fail("%s: a NaN vanished", with.name);
+        if (!std::isnan(c.o.memory.value(c.o.at(0, 17 + 3, 1, 4))))
+          fail("%s: a NaN vanished", with.name);
         c = healthy;
       }
     }
   }
 }
 
-// With K = 1, q = k = 1 and a decay that forgets, o is beta v. With beta = 1 every finite number comes back as it went in, with
-// another beta it is one rounding to fp32 and one to the dtype.
+// With K = 1, q = k = 1 and a decay that forgets, o is beta v. With beta = 1 every finite number
+// comes back as it went in, with another beta it is one rounding to fp32 and one to the dtype.
 void check_conversions() {
   for (DType dtype : {DType::kBF16, DType::kF16}) {
     for (float factor : {1.f, 1 / 3.f, 0.75f}) {  // the last gives ties
       Problem p;
       p.B = p.N = p.H = p.HV = p.K = 1, p.T = p.V = 256;
       const std::vector<float> none;
-      Tokens q(dtype, 1, 256, 1, 1, Layout::kContiguous), k = q, v(dtype, 1, 256, 1, 256, Layout::kContiguous), o = v;
+      Tokens q(dtype, 1, 256, 1, 1, Layout::kContiguous),
+          k = q, v(dtype, 1, 256, 1, 256, Layout::kContiguous), o = v;
       Tokens g(DType::kF32, 1, 256, 1, 1, Layout::kContiguous), beta = g;
       q.fill([] { return 1; });
       k.fill([] { return 1; });
@@ -417,14 +446,17 @@ void check_conversions() {
         return std::isfinite(x) ? x : 0;
       });
       for (const Implementation& with : implementations()) {
-        p.q = q.tensor(), p.k = k.tensor(), p.v = v.tensor(), p.g = g.tensor(), p.beta = beta.tensor();
+        p.q = q.tensor(), p.k = k.tensor(), p.v = v.tensor(), p.g = g.tensor(),
+        p.beta = beta.tensor();
         p.o = o.tensor();
         call(with, true, p, 1);
         for (int64_t i = 0; i < v.memory.size(); ++i) {
           const float x = static_cast<float>(v.memory.get(i)), product = factor * x;
-          if (std::fmin(std::fabs(x), std::fabs(product)) < std::numeric_limits<float>::min()) continue;  // flushed
+          if (std::fmin(std::fabs(x), std::fabs(product)) < std::numeric_limits<float>::min())
+            continue;  // flushed
           if (o.memory.bits(i) != encode(dtype, product)) {
-            fail("%s: %g times %g was stored as %g", with.name, v.memory.get(i), factor, o.memory.value(i));
+            fail("%s: %g times %g was stored as %g", with.name, v.memory.get(i), factor,
+                 o.memory.value(i));
           }
         }
       }
@@ -432,7 +464,8 @@ void check_conversions() {
   }
 }
 
-// With K = V = 1 and q = k = 1: o is exp(g) where S = 1 and beta = 0, and it is beta where v = 1 and everything was forgotten.
+// With K = V = 1 and q = k = 1: o is exp(g) where S = 1 and beta = 0, and it is beta where v = 1
+// and everything was forgotten.
 void check_functions() {
   constexpr int64_t kSamples = 4000;
   const std::vector<float> A_log{0.5f}, dt_bias{-0.25f};
@@ -444,7 +477,8 @@ void check_functions() {
   };
   for (Gate gate : {Gate::kGiven, Gate::kSoftplus, Gate::kBounded}) {
     Tokens one = column([](double) { return 1; }), zero = column([](double) { return 0; }), o = one;
-    Tokens g = column([&](double x) { return gate == Gate::kGiven ? -87 * x * x * x : 60 * x - 30; });
+    Tokens g =
+        column([&](double x) { return gate == Gate::kGiven ? -87 * x * x * x : 60 * x - 30; });
     States S(DType::kF32, kSamples, 1, 1, 1, false, 0);
     S.fill([] { return 1; });
     Problem p;
@@ -459,25 +493,29 @@ void check_functions() {
         const double x = g.memory.get(i), expected = log_decay(p, in, 0, 0, x);
         const double off = std::fabs(std::log(o.memory.value(i)) - expected);
         if (expected > -87 && !(off <= 1.5e-7 + 2.5e-7 * std::fabs(expected))) {
-          fail("%s: gate %d of %g gives a decay of exp(%.9g), off by %.2e", with.name, int(gate), x, expected, off);
+          fail("%s: gate %d of %g gives a decay of exp(%.9g), off by %.2e", with.name, int(gate), x,
+               expected, off);
         }
       }
     }
   }
-  Tokens one = column([](double) { return 1; }), forget = column([](double) { return -1e30; }), o = one;
+  Tokens one = column([](double) { return 1; }), forget = column([](double) { return -1e30; }),
+         o = one;
   Tokens beta = column([](double x) { return 80 * x - 40; });
   for (BetaMode mode : {BetaMode::kSigmoid, BetaMode::kTwiceSigmoid}) {
     Problem p;
     p.B = p.N = kSamples, p.T = p.H = p.HV = p.K = p.V = 1;
     p.beta_mode = mode;
     for (const Implementation& with : implementations()) {
-      p.q = p.k = p.v = one.tensor(), p.g = forget.tensor(), p.beta = beta.tensor(), p.o = o.tensor();
+      p.q = p.k = p.v = one.tensor(), p.g = forget.tensor(), p.beta = beta.tensor(),
+      p.o = o.tensor();
       call(with, false, p, 1);
       for (int64_t i = 0; i < kSamples; ++i) {
         const double x = beta.memory.get(i);
         const double expected = (mode == BetaMode::kSigmoid ? 1 : 2) / (1 + std::exp(-x));
         if (!(std::fabs(o.memory.value(i) / expected - 1) <= 4e-7)) {
-          fail("%s: beta mode %d of %g gives %.9g instead of %.9g", with.name, int(mode), x, o.memory.value(i), expected);
+          fail("%s: beta mode %d of %g gives %.9g instead of %.9g", with.name, int(mode), x,
+               o.memory.value(i), expected);
         }
       }
     }
@@ -490,7 +528,8 @@ void check_pool() {
   for (int i = 0; i < 60; ++i) {
     std::vector<int64_t> lengths;
     for (int64_t n = 1 + random.below(3); n > 0; --n) lengths.push_back(random.below(5));
-    const int64_t N = int64_t(lengths.size()), columns = std::max<int64_t>(1, *std::max_element(lengths.begin(), lengths.end()));
+    const int64_t N = int64_t(lengths.size()),
+                  columns = std::max<int64_t>(1, *std::max_element(lengths.begin(), lengths.end()));
     Case c = random_case(random, lengths, true);
     const int64_t rows = N * columns + 2;
     const int64_t mode = random.below(3);  // no indices, [N], [N, T]
@@ -507,9 +546,11 @@ void check_pool() {
       slots[n * width + column] = random.pick<int64_t>({-1, -2, rows});
       bad[n] = slots[n * width + column] != -1;
     }
-    const Indices state_indices(random.chance(0.5), width, slots), num_accepted(random.chance(0.5), 1, accepted);
+    const Indices state_indices(random.chance(0.5), width, slots),
+        num_accepted(random.chance(0.5), 1, accepted);
 
-    States pool(random.chance(0.7) ? DType::kF32 : DType::kBF16, rows, c.p.HV, c.p.K, c.p.V, c.p.state_v_first, 3);
+    States pool(random.chance(0.7) ? DType::kF32 : DType::kBF16, rows, c.p.HV, c.p.K, c.p.V,
+                c.p.state_v_first, 3);
     pool.fill([&] { return random.normal(); });
     for (const Implementation& with : implementations()) {
       Problem p = c.problem();
@@ -517,40 +558,50 @@ void check_pool() {
       Pool how;
       how.in_place = true;
       if (mode) how.state_indices = state_indices.tensor();
-      if (mode == 2) how.per_token = true, how.columns = columns, how.num_accepted_tokens = num_accepted.tensor();
+      if (mode == 2)
+        how.per_token = true, how.columns = columns,
+        how.num_accepted_tokens = num_accepted.tensor();
       with.recurrent_kda_fwd(p, how, threads(2));
 
       std::vector<bool> touched(rows, false);
       for (int64_t n = 0; n < N; ++n) {
         for (int64_t h = 0; h < p.HV; ++h) {
-          const int64_t start = mode == 0 ? n : mode == 1 ? slots[n] : slots[n * width + accepted[n] - 1];
+          const int64_t start = mode == 0   ? n
+                                : mode == 1 ? slots[n]
+                                            : slots[n * width + accepted[n] - 1];
           if (bad[n]) {
             for (int64_t t = 0; t < lengths[n]; ++t)
-              if (!std::isnan(c.o.memory.value(c.o.at(0, c.first[n] + t, h, 0)))) fail("%s: a bad index passed", with.name);
+              if (!std::isnan(c.o.memory.value(c.o.at(0, c.first[n] + t, h, 0))))
+                fail("%s: a bad index passed", with.name);
             continue;
           }
           std::vector<double> S(p.K * p.V, 0.0), o(lengths[n] * p.V);
           for (int64_t d = 0; start >= 0 && d < p.K; ++d)
-            for (int64_t v = 0; v < p.V; ++v) S[d * p.V + v] = pool.memory.get(pool.at(start, h, d, v));
-          recurrence(p, c.inputs(), 0, c.first[n], c.first[n] + lengths[n], h, S, o, [&](int64_t t, const auto& S_t) {
-            const int64_t slot = mode == 2 ? slots[n * width + t] : t + 1 == lengths[n] ? start : -1;
-            if (slot < 0) return;
-            touched[slot] = true;
-            Error error;
-            for (int64_t d = 0; d < p.K; ++d)
-              for (int64_t v = 0; v < p.V; ++v) error.add(pool.memory.value(pool.at(slot, h, d, v)), S_t[d * p.V + v]);
-            if (!(error.relative() <= tolerance(pool.memory.dtype()))) {
-              fail("%s: pool row %d is off by %.2e; mode %d, %s", with.name, int(slot), error.relative(), int(mode),
-                   c.describe().c_str());
-            }
-          });
+            for (int64_t v = 0; v < p.V; ++v)
+              S[d * p.V + v] = pool.memory.get(pool.at(start, h, d, v));
+          recurrence(p, c.inputs(), 0, c.first[n], c.first[n] + lengths[n], h, S, o,
+                     [&](int64_t t, const auto& S_t) {
+                       const int64_t slot = mode == 2             ? slots[n * width + t]
+                                            : t + 1 == lengths[n] ? start
+                                                                  : -1;
+                       if (slot < 0) return;
+                       touched[slot] = true;
+                       Error error;
+                       for (int64_t d = 0; d < p.K; ++d)
+                         for (int64_t v = 0; v < p.V; ++v)
+                           error.add(pool.memory.value(pool.at(slot, h, d, v)), S_t[d * p.V + v]);
+                       if (!(error.relative() <= tolerance(pool.memory.dtype()))) {
+                         fail("%s: pool row %d is off by %.2e; mode %d, %s", with.name, int(slot),
+                              error.relative(), int(mode), c.describe().c_str());
+                       }
+                     });
           Error error;
           for (int64_t t = 0; t < lengths[n]; ++t)
             for (int64_t v = 0; v < p.V; ++v)
               error.add(c.o.memory.value(c.o.at(0, c.first[n] + t, h, v)), o[t * p.V + v]);
           if (!(error.relative() <= tolerance(c.o.memory.dtype()))) {
-            fail("%s: o is off by %.2e with a pool; mode %d, %s", with.name, error.relative(), int(mode),
-                 c.describe().c_str());
+            fail("%s: o is off by %.2e with a pool; mode %d, %s", with.name, error.relative(),
+                 int(mode), c.describe().c_str());
           }
         }
       }
@@ -577,6 +628,7 @@ int main() {
   check::check_bits();
   check::check_pool();
   std::string names;
-  for (const auto& with : flashkda::cpu::implementations()) names += std::string(names.empty() ? "" : ", ") + with.name;
+  for (const auto& with : flashkda::cpu::implementations())
+    names += std::string(names.empty() ? "" : ", ") + with.name;
   std::printf("CPU kernels agree with the recurrence: %s\n", names.c_str());
 }

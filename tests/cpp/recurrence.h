@@ -1,4 +1,5 @@
-// The operation as kda.md writes it, in double, token by token, element by element: what the kernels are checked against.
+// The operation as kda.md writes it, in double, token by token, element by element: what the
+// kernels are checked against.
 #pragma once
 
 #include "tensors.h"
@@ -18,15 +19,17 @@ inline double log_decay(const Problem& p, const Inputs& in, int64_t h, int64_t d
   if (p.gate == Gate::kGiven) return x;
   const double A = in.A_log.empty() ? 1 : std::exp(static_cast<double>(in.A_log[h]));
   if (!in.dt_bias.empty()) x += in.dt_bias[h * p.K + d];
-  if (p.gate == Gate::kSoftplus) return -A * (std::fmax(x, 0) + std::log1p(std::exp(-std::fabs(x))));
+  if (p.gate == Gate::kSoftplus)
+    return -A * (std::fmax(x, 0) + std::log1p(std::exp(-std::fabs(x))));
   return p.lower_bound / (1 + std::exp(-A * x));
 }
 
-// Tokens [begin, end) of batch row b, value head h. S is [K, V], in and out; o gets a row of V for each token, and
-// after_token is called with S after each.
+// Tokens [begin, end) of batch row b, value head h. S is [K, V], in and out; o gets a row of V for
+// each token, and after_token is called with S after each.
 template <class AfterToken>
-void recurrence(const Problem& p, const Inputs& in, int64_t b, int64_t begin, int64_t end, int64_t h,
-                std::vector<double>& S, std::vector<double>& o, AfterToken&& after_token) {
+void recurrence(const Problem& p, const Inputs& in, int64_t b, int64_t begin, int64_t end,
+                int64_t h, std::vector<double>& S, std::vector<double>& o,
+                AfterToken&& after_token) {
   const int64_t K = p.K, V = p.V, h_qk = h / (p.HV / p.H);
   std::vector<double> q(K), k(K), u(V);
   for (int64_t t = begin; t < end; ++t) {

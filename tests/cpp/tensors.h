@@ -1,4 +1,5 @@
-// Small tensors for the check: any dtype, any strides, guarded against writes outside, converted one element at a time.
+// Small tensors for the check: any dtype, any strides, guarded against writes outside, converted
+// one element at a time.
 #pragma once
 
 #include <cmath>
@@ -24,7 +25,8 @@ inline double decode(DType dtype, uint32_t bits) {
     return x;
   }
   const int mantissa_bits = dtype == DType::kBF16 ? 7 : 10, bias = dtype == DType::kBF16 ? 127 : 15;
-  const int exponent = (bits & 0x7fff) >> mantissa_bits, mantissa = bits & ((1 << mantissa_bits) - 1);
+  const int exponent = (bits & 0x7fff) >> mantissa_bits,
+            mantissa = bits & ((1 << mantissa_bits) - 1);
   double x;
   if (exponent == 2 * bias + 1) {
     x = mantissa ? std::nan("") : std::numeric_limits<double>::infinity();
@@ -50,10 +52,12 @@ inline uint32_t encode(DType dtype, double x) {
   const double magnitude = std::fabs(x);
   int exponent = 0;
   std::frexp(magnitude, &exponent);
-  const int step = std::max(exponent - 1, 1 - bias) - mantissa_bits;  // log2 of a unit in the last place
+  const int step =
+      std::max(exponent - 1, 1 - bias) - mantissa_bits;  // log2 of a unit in the last place
   const double units = std::nearbyint(std::ldexp(magnitude, -step));
   // A carry out of the mantissa goes into the exponent by itself, up to infinity.
-  const double bits = magnitude == 0 ? 0 : units + std::ldexp(step + bias + mantissa_bits - 1, mantissa_bits);
+  const double bits =
+      magnitude == 0 ? 0 : units + std::ldexp(step + bias + mantissa_bits - 1, mantissa_bits);
   return sign | (bits >= infinity ? infinity : static_cast<uint32_t>(bits));
 }
 
@@ -64,7 +68,8 @@ class Memory {
 
   void* data() {
     packed_.resize(bits_.size() * width());
-    for (size_t i = 0; i < bits_.size(); ++i) std::memcpy(&packed_[i * width()], &bits_[i], width());
+    for (size_t i = 0; i < bits_.size(); ++i)
+      std::memcpy(&packed_[i * width()], &bits_[i], width());
     return packed_.data();
   }
   // What the memory given out by data() holds now.
@@ -78,8 +83,11 @@ class Memory {
   double get(int64_t i) const { return decode(dtype_, bits_[i]); }
   int64_t size() const { return static_cast<int64_t>(bits_.size()); }
   DType dtype() const { return dtype_; }
-  // A NaN, so that what is read and should not be is seen, with a pattern that no computation gives.
-  uint32_t guard() const { return dtype_ == DType::kF32 ? 0x7fc5a5a5 : dtype_ == DType::kBF16 ? 0x7fd5 : 0x7ed5; }
+  // A NaN, so that what is read and should not be is seen, with a pattern that no computation
+  // gives.
+  uint32_t guard() const {
+    return dtype_ == DType::kF32 ? 0x7fc5a5a5 : dtype_ == DType::kBF16 ? 0x7fd5 : 0x7ed5;
+  }
 
  private:
   size_t width() const { return dtype_ == DType::kF32 ? 4 : 2; }
@@ -136,7 +144,13 @@ class Tokens {
 class States {
  public:
   States(DType dtype, int64_t rows, int64_t HV, int64_t K, int64_t V, bool v_first, int64_t pad)
-      : rows(rows), HV(HV), K(K), V(V), v_first(v_first), stride(HV * K * V + pad), memory(dtype, rows * stride) {}
+      : rows(rows),
+        HV(HV),
+        K(K),
+        V(V),
+        v_first(v_first),
+        stride(HV * K * V + pad),
+        memory(dtype, rows * stride) {}
 
   int64_t at(int64_t row, int64_t h, int64_t d, int64_t c) const {
     return row * stride + h * K * V + (v_first ? c * K + d : d * V + c);
@@ -160,10 +174,14 @@ class States {
 class Indices {
  public:
   Indices(bool is_64, int64_t columns, std::vector<int64_t> values)
-      : is_64_(is_64), columns_(columns), wide_(std::move(values)), narrow_(wide_.begin(), wide_.end()) {}
+      : is_64_(is_64),
+        columns_(columns),
+        wide_(std::move(values)),
+        narrow_(wide_.begin(), wide_.end()) {}
 
   IndexTensor tensor() const {
-    return {is_64_ ? static_cast<const void*>(wide_.data()) : narrow_.data(), is_64_, columns_, columns_ > 1 ? 1 : 0};
+    return {is_64_ ? static_cast<const void*>(wide_.data()) : narrow_.data(), is_64_, columns_,
+            columns_ > 1 ? 1 : 0};
   }
   int64_t at(int64_t n, int64_t t = 0) const { return wide_[n * columns_ + t]; }
 
