@@ -8,9 +8,9 @@ from torch import Tensor
 
 DEVICE = "cuda"
 
-# Relative error of one head of one sequence. Whole tensors are at 3e-3 to 7e-3; a single head of a
-# short sequence scatters about that. benchmarks/accuracy.py compares the whole with fla's.
-LIMIT = 1.5e-2
+# Relative error of one head of one sequence. The chunk form in fp32 with every operand of a product,
+# the state included, rounded to bf16 has 4.5e-3 over these tensors and 8e-3 in the worst head.
+LIMIT = 1e-2
 
 PER_TOKEN = ("q", "k", "v", "g", "beta")
 
