@@ -11,8 +11,7 @@ from torch import Tensor
 from . import reference
 
 CHUNK = 32
-# A piece keeps about 55 KB a token and head at K = V = 128 (measured): this bounds it to about 220
-# MB.
+# A piece keeps 55 KB a token and head at K = V = 128 (measured): this bounds it to some 220 MB.
 TOKENS_TIMES_HEADS = 4096
 
 
