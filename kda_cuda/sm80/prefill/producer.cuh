@@ -33,8 +33,9 @@ inline constexpr float kSmallestDecay<__nv_bfloat16> = 2.4074124e-35f;  // 2^-11
 template <>
 inline constexpr float kSmallestDecay<__half> = 0.0625f;  // 2^-4
 
+// A lane's place in its producer, and what producers do with tiles in shared memory.
 template <class Cfg>
-class Producer {
+struct ProducerLane {
   using Elem = typename Cfg::Elem;
   using Traits = ElementTraits<Elem>;
   static constexpr int K = Cfg::K;
@@ -42,227 +43,37 @@ class Producer {
   static constexpr int kSpans = 32 / kLanes;     // of tokens in a warp
   static constexpr int kSpan = kChunk / kSpans;  // tokens of a lane
 
- public:
-  __device__ Producer(const Problem& p, const Work& w, const Ring& ring, char* smem, int group,
-                      int warp, int lane)
-      : loader_(p, w, warp, lane),
-        p_(p),
-        w_(w),
-        ring_(ring),
-        smem_(smem),
-        group_(group),
-        warp_(warp),
-        lane_(lane),
-        span_(lane / kLanes),
-        channel_(warp * (K / kGroupWarps) + lane % kLanes * 2) {
-    // In row t of a tile the lane's channels are at place_ ^ (t % kSpan) * kPiece: swizzle(t) differs from
-    // swizzle(span_ * kSpan) in the last bits only.
-    place_ = span_ * kSpan * K * 2 +
-             ((channel_ * 2 / kPiece) ^ swizzle(span_ * kSpan)) * kPiece + channel_ * 2 % kPiece;
-    beta_ = static_cast<const char*>(p.beta.ptr) +
-            (w.row * p.beta.stride_b + w.begin * p.beta.stride_t + w.hv * p.beta.stride_h) *
-                (p.beta.dtype == DType::kF32 ? 4 : 2);
-    load_gate_constants();
+  int group, warp, lane;
+  int span;     // which tokens of a chunk the lane has: span * kSpan + [0, kSpan)
+  int channel;  // the first of its two channels
+  int place;    // in row t of a tile the lane's channels are at place ^ (t % kSpan) * kPiece
+
+  __device__ __forceinline__ ProducerLane(int group, int warp, int lane)
+      : group(group),
+        warp(warp),
+        lane(lane),
+        span(lane / kLanes),
+        channel(warp * (K / kGroupWarps) + lane % kLanes * 2) {
+    // swizzle(t) differs from swizzle(span * kSpan) in the last bits only.
+    place = span * kSpan * K * 2 + ((channel * 2 / kPiece) ^ swizzle(span * kSpan)) * kPiece +
+            channel * 2 % kPiece;
   }
 
-  __device__ void run() {
-    for (int c = group_; c < min(ring_.ahead, w_.chunks); c += ring_.producers) {
-      load(c, RingPosition(c));
-    }
-    RingPosition at(group_), ahead(group_);
-    ahead.advance(ring_.ahead, ring_);
-    for (int c = group_; c < w_.chunks; c += ring_.producers) {
-      // Addresses are cheaper to find again for every chunk than to keep: kept, they were spilled.
-      lane_ = ptx::opaque(lane_);
-      place_ = ptx::opaque(place_);
-      if (c + ring_.ahead < w_.chunks) load(c + ring_.ahead, ahead);
-      make(c, at);
-      at.advance(ring_.producers, ring_);
-      ahead.advance(ring_.producers, ring_);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void load(int chunk, const RingPosition& position) const {
-    Barriers* barriers = barriers_at(smem_);
-    ptx::mbarrier_wait(&barriers->empty[position.slot], position.parity ^ 1);
-    loader_.load(slot_at<Cfg>(smem_, position.slot), chunk, &barriers->raw[position.slot]);
-  }
-
-  __device__ __forceinline__ void sync() const { ptx::barrier_sync(1 + group_, kGroupThreads); }
-
-  __device__ __forceinline__ void load_gate_constants() {
-    constexpr float kLog2E = 1.4426950408889634f;
-    const float exp_A = p_.A_log == nullptr ? 1.f : ptx::ex2(kLog2E * __ldg(p_.A_log + w_.hv));
-    slope_ = kLog2E;
-    factor_ = 1.f;
-    if (p_.gate == Gate::kBounded) {
-      slope_ = -kLog2E * exp_A;
-      factor_ = kLog2E * p_.lower_bound;
-    } else if (p_.gate == Gate::kSoftplus) {
-      factor_ = -exp_A;
-    }
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int64_t i = int64_t{w_.hv} * K + channel_ + c;
-      shift_[c] = p_.dt_bias == nullptr ? 0.f : slope_ * __ldg(p_.dt_bias + i);
-    }
-  }
-
-  // log2(1 + 2^y), to fp32's relative accuracy for small results too.
-  static __device__ __forceinline__ float log2_one_plus_exp2(float y) {
-    constexpr float kLog2E = 1.4426950408889634f;
-    const float u = ptx::ex2(y);
-    const float series = kLog2E * u * (1.f - u * (0.5f - u * (1.f / 3.f)));
-    const float log = ptx::lg2(1.f + u);
-    return y > 29.f ? y : (u < 0.0078125f ? series : log);
-  }
-
-  // exp(g) of the gate's input x.
-  template <Gate kGate>
-  __device__ __forceinline__ float activate(float x, int c) const {
-    const float y = slope_ * x + shift_[c];
-    if constexpr (kGate == Gate::kBounded) {
-      return ptx::ex2(factor_ * ptx::rcp(1.f + ptx::ex2(y)));
-    } else if constexpr (kGate == Gate::kSoftplus) {
-      return ptx::ex2(factor_ * log2_one_plus_exp2(y));
-    } else {
-      return ptx::ex2(y);
-    }
-  }
-
-  template <class G>
-  __device__ __forceinline__ void load_gate(float (&x)[kSpan][2], const char* g) const {
-    const G* row = reinterpret_cast<const G*>(g) + span_ * kSpan * K + channel_;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      float2 y;
-      if constexpr (sizeof(G) == 4) {
-        y = *reinterpret_cast<const float2*>(row + i * K);
-      } else {
-        y = ElementTraits<G>::unpack(*reinterpret_cast<const uint32_t*>(row + i * K));
-      }
-      x[i][0] = y.x;
-      x[i][1] = y.y;
-    }
-  }
-
-  template <Gate kGate>
-  __device__ __forceinline__ void activate_all(float (&e)[kSpan][2]) const {
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      e[i][0] = activate<kGate>(e[i][0], 0);
-      e[i][1] = activate<kGate>(e[i][1], 1);
-    }
-  }
-
-  // e = exp(g), 1 past the sequence's end.
-  __device__ __forceinline__ void load_decays(float (&e)[kSpan][2], const char* g, int rows) const {
-    switch (p_.g.dtype) {
-      case DType::kF32:
-        load_gate<float>(e, g);
-        break;
-      case DType::kBF16:
-        load_gate<__nv_bfloat16>(e, g);
-        break;
-      default:
-        load_gate<__half>(e, g);
-    }
-    switch (p_.gate) {
-      case Gate::kBounded:
-        activate_all<Gate::kBounded>(e);
-        break;
-      case Gate::kSoftplus:
-        activate_all<Gate::kSoftplus>(e);
-        break;
-      default:
-        activate_all<Gate::kGiven>(e);
-    }
-    if (rows == kChunk) return;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      const bool inside = span_ * kSpan + i < rows;
-      e[i][0] = inside ? e[i][0] : 1.f;
-      e[i][1] = inside ? e[i][1] : 1.f;
-    }
-  }
+  __device__ __forceinline__ void sync() const { ptx::barrier_sync(1 + group, kGroupThreads); }
 
   // The lane's two channels of its i-th token in a tile.
   __device__ __forceinline__ uint32_t* at(Elem* tile, int i) const {
     return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(tile) + i * K * 2 +
-                                       (place_ ^ (i * kPiece)));
-  }
-
-  // 1 / |x| of the warp's four tokens; lane 4 i + .. of the warp's first 16 has token i's.
-  __device__ __forceinline__ float inverse_norm(const Elem* tile) const {
-    constexpr int kTokens = kChunk / kGroupWarps;
-    float sum[kTokens];
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      const int t = warp_ * kTokens + i;
-      const char* row = reinterpret_cast<const char*>(tile) + t * K * 2;
-      sum[i] = 0.f;
-      // Which channels a lane takes does not matter, so the swizzle does not either.
-#pragma unroll
-      for (int j = 0; j < K / 64; ++j) {
-        const float2 x =
-            Traits::unpack(*reinterpret_cast<const uint32_t*>(row + j * 128 + lane_ * 4));
-        sum[i] += x.x * x.x + x.y * x.y;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool upper = lane_ & 8;
-      const float low = sum[i], high = sum[i + 2];
-      sum[i] = (upper ? high : low) + __shfl_xor_sync(kFullWarp, upper ? low : high, 8);
-    }
-    const bool upper = lane_ & 4;
-    float total = (upper ? sum[1] : sum[0]) +
-                  __shfl_xor_sync(kFullWarp, upper ? sum[0] : sum[1], 4);
-    total += __shfl_xor_sync(kFullWarp, total, 16);
-    total += __shfl_xor_sync(kFullWarp, total, 2);
-    total += __shfl_xor_sync(kFullWarp, total, 1);
-    return rsqrtf(total + 1e-6f);
-  }
-
-  __device__ __forceinline__ void store_norms(Slot<Cfg>* slot) const {
-    float rk = 1.f, rq = p_.scale;
-    if (p_.l2norm) {
-      rk = inverse_norm(slot->k);
-      rq *= inverse_norm(slot->q);
-    }
-    if (lane_ < 16 && lane_ % 4 == 0) {
-      const int t = warp_ * (kChunk / kGroupWarps) + lane_ / 4;
-      slot->rk[t] = rk;
-      slot->rq[t] = rq;
-    }
-  }
-
-  __device__ __forceinline__ void store_beta(Slot<Cfg>* slot, int64_t chunk) const {
-    if (warp_ != 0 || lane_ >= kChunk) return;
-    const int64_t t = chunk * kChunk + lane_;
-    float x = 0.f;
-    if (t < w_.tokens) {
-      const int64_t i = t * p_.beta.stride_t;
-      if (p_.beta.dtype == DType::kF32) {
-        x = reinterpret_cast<const float*>(beta_)[i];
-      } else if (p_.beta.dtype == DType::kBF16) {
-        x = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(beta_)[i]);
-      } else {
-        x = __half2float(reinterpret_cast<const __half*>(beta_)[i]);
-      }
-      x = beta_activation(x, p_.beta_mode);
-    }
-    slot->beta[lane_] = x;
+                                       (place ^ (i * kPiece)));
   }
 
   // The warp's quarter of A and M, before beta and the norms: rows 0-15 of k_bar (warps 0, 1) or q_bar (warps 2, 3) with
   // rows 0-7 or 8-15 of b. The accumulator holds row lane / 4 (+ 8), column 8 (warp % 2) + 2 (lane % 4) + {0, 1}.
   __device__ __forceinline__ void multiply(float (&d)[4], const Elem* k_bar, const Elem* q_bar,
                                            const Elem* b) const {
-    const LanePosition at_a = by_row(lane_);
-    const LanePosition at_b = by_piece(lane_);
-    const char* left = reinterpret_cast<const char*>(warp_ < 2 ? k_bar : q_bar);
+    const LanePosition at_a = by_row(lane);
+    const LanePosition at_b = by_piece(lane);
+    const char* left = reinterpret_cast<const char*>(warp < 2 ? k_bar : q_bar);
     const char* right = reinterpret_cast<const char*>(b);
     float odd[4] = {};
 #pragma unroll
@@ -272,7 +83,7 @@ class Producer {
       uint32_t a0[4], a1[4], fb[4];
       ldmatrix(a0, left + tile_offset<K>(at_a.row, 2 * kk + at_a.piece));
       ldmatrix(a1, left + tile_offset<K>(at_a.row, 2 * kk + 2 + at_a.piece));
-      ldmatrix(fb, right + tile_offset<K>((warp_ % 2) * 8 + at_b.row, 2 * kk + at_b.piece));
+      ldmatrix(fb, right + tile_offset<K>((warp % 2) * 8 + at_b.row, 2 * kk + at_b.piece));
       mma<Elem>(d, a0, fb[0], fb[1]);
       mma<Elem>(odd, a1, fb[2], fb[3]);
     }
@@ -280,9 +91,9 @@ class Producer {
     for (int i = 0; i < 4; ++i) d[i] += odd[i];
   }
 
-  __device__ __forceinline__ int fragment_row(int i) const { return lane_ / 4 + (i / 2) * 8; }
+  __device__ __forceinline__ int fragment_row(int i) const { return lane / 4 + (i / 2) * 8; }
   __device__ __forceinline__ int fragment_column(int i) const {
-    return (warp_ % 2) * 8 + (lane_ % 4) * 2 + (i & 1);
+    return (warp % 2) * 8 + (lane % 4) * 2 + (i & 1);
   }
 
   static __device__ __forceinline__ uint32_t scaled(uint32_t x, float f0, float f1) {
@@ -300,14 +111,14 @@ class Producer {
     float before[2] = {1.f, 1.f}, after[2] = {1.f, 1.f};  // between the lane's tokens and the middle
     if constexpr (Half >= kSpan) {
       constexpr int kHalfSpans = Half / kSpan;
-      upper = (span_ / kHalfSpans) & 1;
+      upper = (span / kHalfSpans) & 1;
 #pragma unroll
       for (int s = 0; s < kSpans; ++s) {
-        const bool same = s / kHalfSpans == span_ / kHalfSpans;
+        const bool same = s / kHalfSpans == span / kHalfSpans;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          before[c] *= same && s < span_ ? span_decay[s][c] : 1.f;
-          after[c] *= same && s > span_ ? span_decay[s][c] : 1.f;
+          before[c] *= same && s < span ? span_decay[s][c] : 1.f;
+          after[c] *= same && s > span ? span_decay[s][c] : 1.f;
         }
       }
     }
@@ -357,6 +168,241 @@ class Producer {
     level<4>(d, slot, e, span_decay);
     level<8>(d, slot, e, span_decay);
   }
+};
+
+template <class Cfg>
+struct Steep {
+  float e[ProducerLane<Cfg>::kSpan][2];
+  float span_decay[ProducerLane<Cfg>::kSpans][2];
+};
+
+struct Quarter {
+  float d[4];
+};
+
+// Not inlined: its registers would be spilled around the path that most chunks take.
+template <class Cfg>
+__device__ __noinline__ Quarter multiply_steep(ProducerLane<Cfg> at, Slot<Cfg>* slot,
+                                               Steep<Cfg> steep) {
+  Quarter x;
+  at.multiply_steep(x.d, slot, steep.e, steep.span_decay);
+  return x;
+}
+
+template <class Cfg>
+class Producer {
+  using Elem = typename Cfg::Elem;
+  using Traits = ElementTraits<Elem>;
+  using Lane = ProducerLane<Cfg>;
+  static constexpr int K = Cfg::K;
+  static constexpr int kLanes = Lane::kLanes;
+  static constexpr int kSpans = Lane::kSpans;
+  static constexpr int kSpan = Lane::kSpan;
+
+ public:
+  __device__ Producer(const Problem& p, const Work& w, const Ring& ring, char* smem, int group,
+                      int warp, int lane)
+      : loader_(p, w, warp, lane),
+        p_(p),
+        w_(w),
+        ring_(ring),
+        smem_(smem),
+        at_(group, warp, lane) {
+    beta_ = static_cast<const char*>(p.beta.ptr) +
+            (w.row * p.beta.stride_b + w.begin * p.beta.stride_t + w.hv * p.beta.stride_h) *
+                (p.beta.dtype == DType::kF32 ? 4 : 2);
+    load_gate_constants();
+  }
+
+  __device__ void run() {
+    for (int c = at_.group; c < min(ring_.ahead, w_.chunks); c += ring_.producers) {
+      load(c, RingPosition(c));
+    }
+    RingPosition at(at_.group), ahead(at_.group);
+    ahead.advance(ring_.ahead, ring_);
+    int turn = 0;
+    uint32_t next_beta = load_beta(at_.group);
+    for (int c = at_.group; c < w_.chunks; c += ring_.producers) {
+      // Addresses are cheaper to find again for every chunk than to keep: kept, they were spilled.
+      at_.lane = ptx::opaque(at_.lane);
+      at_.place = ptx::opaque(at_.place);
+      if (c + ring_.ahead < w_.chunks) load(c + ring_.ahead, ahead);
+      const uint32_t beta = next_beta;
+      if (c + ring_.producers < w_.chunks) next_beta = load_beta(c + ring_.producers);
+      make(c, at, turn, beta);
+      turn = (turn + 1) % kGroupWarps;
+      at.advance(ring_.producers, ring_);
+      ahead.advance(ring_.producers, ring_);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load(int chunk, const RingPosition& position) const {
+    Barriers* barriers = barriers_at(smem_);
+    ptx::mbarrier_wait(&barriers->empty[position.slot], position.parity ^ 1);
+    loader_.load(slot_at<Cfg>(smem_, position.slot), chunk, &barriers->raw[position.slot]);
+  }
+
+  __device__ __forceinline__ void load_gate_constants() {
+    constexpr float kLog2E = 1.4426950408889634f;
+    const float exp_A = p_.A_log == nullptr ? 1.f : ptx::ex2(kLog2E * __ldg(p_.A_log + w_.hv));
+    slope_ = kLog2E;
+    factor_ = 1.f;
+    if (p_.gate == Gate::kBounded) {
+      slope_ = -kLog2E * exp_A;
+      factor_ = kLog2E * p_.lower_bound;
+    } else if (p_.gate == Gate::kSoftplus) {
+      factor_ = -exp_A;
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int64_t i = int64_t{w_.hv} * K + at_.channel + c;
+      shift_[c] = p_.dt_bias == nullptr ? 0.f : slope_ * __ldg(p_.dt_bias + i);
+    }
+  }
+
+  // log2(1 + 2^y), to fp32's relative accuracy for small results too.
+  static __device__ __forceinline__ float log2_one_plus_exp2(float y) {
+    constexpr float kLog2E = 1.4426950408889634f;
+    const float u = ptx::ex2(y);
+    const float series = kLog2E * u * (1.f - u * (0.5f - u * (1.f / 3.f)));
+    const float log = ptx::lg2(1.f + u);
+    return y > 29.f ? y : (u < 0.0078125f ? series : log);
+  }
+
+  // exp(g) of the gate's input x.
+  template <Gate kGate>
+  __device__ __forceinline__ float activate(float x, int c) const {
+    const float y = slope_ * x + shift_[c];
+    if constexpr (kGate == Gate::kBounded) {
+      return ptx::ex2(factor_ * ptx::rcp(1.f + ptx::ex2(y)));
+    } else if constexpr (kGate == Gate::kSoftplus) {
+      return ptx::ex2(factor_ * log2_one_plus_exp2(y));
+    } else {
+      return ptx::ex2(y);
+    }
+  }
+
+  template <class G>
+  __device__ __forceinline__ void load_gate(float (&x)[kSpan][2], const char* g) const {
+    const G* row = reinterpret_cast<const G*>(g) + at_.span * kSpan * K + at_.channel;
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      float2 y;
+      if constexpr (sizeof(G) == 4) {
+        y = *reinterpret_cast<const float2*>(row + i * K);
+      } else {
+        y = ElementTraits<G>::unpack(*reinterpret_cast<const uint32_t*>(row + i * K));
+      }
+      x[i][0] = y.x;
+      x[i][1] = y.y;
+    }
+  }
+
+  template <Gate kGate>
+  __device__ __forceinline__ void activate_all(float (&e)[kSpan][2]) const {
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      e[i][0] = activate<kGate>(e[i][0], 0);
+      e[i][1] = activate<kGate>(e[i][1], 1);
+    }
+  }
+
+  // e = exp(g), 1 past the sequence's end.
+  __device__ __forceinline__ void load_decays(float (&e)[kSpan][2], const char* g, int rows) const {
+    switch (p_.g.dtype) {
+      case DType::kF32:
+        load_gate<float>(e, g);
+        break;
+      case DType::kBF16:
+        load_gate<__nv_bfloat16>(e, g);
+        break;
+      default:
+        load_gate<__half>(e, g);
+    }
+    switch (p_.gate) {
+      case Gate::kBounded:
+        activate_all<Gate::kBounded>(e);
+        break;
+      case Gate::kSoftplus:
+        activate_all<Gate::kSoftplus>(e);
+        break;
+      default:
+        activate_all<Gate::kGiven>(e);
+    }
+    if (rows == kChunk) return;
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      const bool inside = at_.span * kSpan + i < rows;
+      e[i][0] = inside ? e[i][0] : 1.f;
+      e[i][1] = inside ? e[i][1] : 1.f;
+    }
+  }
+
+  // 1 / |x| of the warp's four tokens; lane 4 i + .. of the warp's first 16 has token i's.
+  __device__ __forceinline__ float inverse_norm(const Elem* tile) const {
+    constexpr int kTokens = kChunk / kGroupWarps;
+    float sum[kTokens];
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int t = at_.warp * kTokens + i;
+      const char* row = reinterpret_cast<const char*>(tile) + t * K * 2;
+      sum[i] = 0.f;
+      // Which channels a lane takes does not matter, so the swizzle does not either.
+#pragma unroll
+      for (int j = 0; j < K / 64; ++j) {
+        const float2 x =
+            Traits::unpack(*reinterpret_cast<const uint32_t*>(row + j * 128 + at_.lane * 4));
+        sum[i] += x.x * x.x + x.y * x.y;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool upper = at_.lane & 8;
+      const float low = sum[i], high = sum[i + 2];
+      sum[i] = (upper ? high : low) + __shfl_xor_sync(kFullWarp, upper ? low : high, 8);
+    }
+    const bool upper = at_.lane & 4;
+    float total = (upper ? sum[1] : sum[0]) +
+                  __shfl_xor_sync(kFullWarp, upper ? sum[0] : sum[1], 4);
+    total += __shfl_xor_sync(kFullWarp, total, 16);
+    total += __shfl_xor_sync(kFullWarp, total, 2);
+    total += __shfl_xor_sync(kFullWarp, total, 1);
+    return rsqrtf(total + 1e-6f);
+  }
+
+  __device__ __forceinline__ void store_norms(Slot<Cfg>* slot) const {
+    float rk = 1.f, rq = p_.scale;
+    if (p_.l2norm) {
+      rk = inverse_norm(slot->k);
+      rq *= inverse_norm(slot->q);
+    }
+    if (at_.lane < 16 && at_.lane % 4 == 0) {
+      const int t = at_.warp * (kChunk / kGroupWarps) + at_.lane / 4;
+      slot->rk[t] = rk;
+      slot->rq[t] = rq;
+    }
+  }
+
+  // The bits of token lane's beta, for the warp that stores it. Nothing waits for them before store_beta.
+  __device__ __forceinline__ uint32_t load_beta(int64_t chunk) const {
+    const int64_t t = chunk * kChunk + at_.lane;
+    if (at_.warp != 0 || at_.lane >= kChunk || t >= w_.tokens) return 0;
+    const int64_t i = t * p_.beta.stride_t;
+    if (p_.beta.dtype == DType::kF32) return reinterpret_cast<const uint32_t*>(beta_)[i];
+    return reinterpret_cast<const uint16_t*>(beta_)[i];
+  }
+
+  __device__ __forceinline__ void store_beta(Slot<Cfg>* slot, int rows, uint32_t bits) const {
+    if (at_.warp != 0 || at_.lane >= kChunk) return;
+    float beta = __uint_as_float(bits);
+    if (p_.beta.dtype == DType::kBF16) {
+      beta = ElementTraits<__nv_bfloat16>::unpack(bits).x;
+    } else if (p_.beta.dtype == DType::kF16) {
+      beta = ElementTraits<__half>::unpack(bits).x;
+    }
+    slot->beta[at_.lane] = at_.lane < rows ? beta_activation(beta, p_.beta_mode) : 0.f;
+  }
 
   // k_bar, k_tilde, q_bar and, unless the gate is steep, k / exp(G).
   template <bool kSteep>
@@ -367,8 +413,8 @@ class Producer {
     uint32_t k[kSpan], q[kSpan];
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) {
-      k[i] = *at(slot->k, i);
-      q[i] = *at(slot->q, i);
+      k[i] = *at_.at(slot->k, i);
+      q[i] = *at_.at(slot->q, i);
     }
     float x0 = after[0], x1 = after[1];
     const float inverse0 = ptx::rcp(decay[0]), inverse1 = ptx::rcp(decay[1]);
@@ -376,8 +422,8 @@ class Producer {
     for (int i = kSpan - 1; i >= 0; --i) {
       const float2 y = Traits::unpack(k[i]);
       const float k0 = y.x * x0, k1 = y.y * x1;
-      *at(slot->k_tilde, i) = Traits::pack(k0, k1);
-      if constexpr (!kSteep) *at(slot->k, i) = Traits::pack(k0 * inverse0, k1 * inverse1);
+      *at_.at(slot->k_tilde, i) = Traits::pack(k0, k1);
+      if constexpr (!kSteep) *at_.at(slot->k, i) = Traits::pack(k0 * inverse0, k1 * inverse1);
       x0 *= e[i][0];
       x1 *= e[i][1];
     }
@@ -387,26 +433,26 @@ class Producer {
     for (int i = 0; i < kSpan; ++i) {
       x0 *= e[i][0];
       x1 *= e[i][1];
-      *at(slot->k_bar, i) = scaled(k[i], x0, x1);
-      *at(slot->q, i) = scaled(q[i], x0, x1);
+      *at_.at(slot->k_bar, i) = Lane::scaled(k[i], x0, x1);
+      *at_.at(slot->q, i) = Lane::scaled(q[i], x0, x1);
     }
   }
 
   // A with beta and the norms, strictly lower; M, lower, as the chain reads it.
   __device__ __forceinline__ void store_products(Slot<Cfg>* slot, const float (&d)[4]) const {
-    const int j = fragment_column(0);
+    const int j = at_.fragment_column(0);
     const float rk0 = slot->rk[j], rk1 = slot->rk[j + 1];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int i = fragment_row(2 * half);
+      const int i = at_.fragment_row(2 * half);
       const float d0 = d[2 * half], d1 = d[2 * half + 1];
-      if (warp_ < 2) {
+      if (at_.warp < 2) {
         const float factor = slot->beta[i] * slot->rk[i];
         *reinterpret_cast<float2*>(slot->A + i * kAStride + j) =
             make_float2(j < i ? d0 * factor * rk0 : 0.f, j + 1 < i ? d1 * factor * rk1 : 0.f);
       } else {
         *reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(slot->M) +
-                                     square_offset(i, warp_ % 2) + (lane_ % 4) * 4) =
+                                     square_offset(i, at_.warp % 2) + (at_.lane % 4) * 4) =
             Traits::pack(j <= i ? d0 : 0.f, j + 1 <= i ? d1 : 0.f);
       }
     }
@@ -414,7 +460,7 @@ class Producer {
 
   // T = diag(rk) (I + A)^-1 diag(beta) by one warp, a lane a column, each column twice.
   __device__ __forceinline__ void invert(Slot<Cfg>* slot) const {
-    const int column = lane_ % kChunk;
+    const int column = at_.lane % kChunk;
     float x[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
@@ -430,7 +476,7 @@ class Producer {
       x[i] = sum;
     }
     const float beta = slot->beta[column];
-    const bool upper = lane_ >= kChunk;  // lanes 0-15 store rows 0-7, lanes 16-31 rows 8-15
+    const bool upper = at_.lane >= kChunk;  // lanes 0-15 store rows 0-7, lanes 16-31 rows 8-15
 #pragma unroll
     for (int i = 0; i < kChunk / 2; ++i) {
       const int row = upper ? i + 8 : i;
@@ -441,16 +487,17 @@ class Producer {
     }
   }
 
-  __device__ __forceinline__ void make(int chunk, const RingPosition& position) const {
+  __device__ __forceinline__ void make(int chunk, const RingPosition& position, int turn,
+                                       uint32_t beta) const {
     Slot<Cfg>* slot = slot_at<Cfg>(smem_, position.slot);
     Barriers* barriers = barriers_at(smem_);
+    const int rows =
+        static_cast<int>(min(w_.tokens - int64_t{chunk} * kChunk, int64_t{kChunk}));
     ptx::mbarrier_wait(&barriers->empty[position.slot], position.parity ^ 1);
-    store_beta(slot, chunk);
     ptx::mbarrier_wait(&barriers->raw[position.slot], position.parity);
 
     float e[kSpan][2];
-    load_decays(e, slot->g,
-                static_cast<int>(min(w_.tokens - int64_t{chunk} * kChunk, int64_t{kChunk})));
+    load_decays(e, slot->g, rows);
     float span_decay[kSpans][2], before[2], after[2], decay[2];
     bool steep = false;
 #pragma unroll
@@ -461,36 +508,47 @@ class Producer {
       before[c] = after[c] = decay[c] = 1.f;
 #pragma unroll
       for (int s = 0; s < kSpans; ++s) {
-        span_decay[s][c] = __shfl_sync(kFullWarp, own, s * kLanes + lane_ % kLanes);
+        span_decay[s][c] = __shfl_sync(kFullWarp, own, s * kLanes + at_.lane % kLanes);
         decay[c] *= span_decay[s][c];
-        before[c] *= s < span_ ? span_decay[s][c] : 1.f;
-        after[c] *= s > span_ ? span_decay[s][c] : 1.f;
+        before[c] *= s < at_.span ? span_decay[s][c] : 1.f;
+        after[c] *= s > at_.span ? span_decay[s][c] : 1.f;
       }
       steep |= decay[c] < kSmallestDecay<Elem>;
     }
-    if (span_ == 0) {
-      *reinterpret_cast<float2*>(slot->decay + channel_) = make_float2(decay[0], decay[1]);
+    if (at_.span == 0) {
+      *reinterpret_cast<float2*>(slot->decay + at_.channel) = make_float2(decay[0], decay[1]);
     }
     store_norms(slot);
+    store_beta(slot, rows, beta);
 
     // From here on the places of k, q and g may be written.
-    steep = ptx::barrier_any(1 + group_, kGroupThreads, steep);
+    steep = ptx::barrier_any(1 + at_.group, kGroupThreads, steep);
     float d[4];
     if (steep) {
-      multiply_steep(d, slot, e, span_decay);
+      Steep<Cfg> copy;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int i = 0; i < kSpan; ++i) copy.e[i][c] = e[i][c];
+#pragma unroll
+        for (int s = 0; s < kSpans; ++s) copy.span_decay[s][c] = span_decay[s][c];
+      }
+      const Quarter x = multiply_steep<Cfg>(at_, slot, copy);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[i] = x.d[i];
       make_factors<true>(slot, e, before, after, decay);
     } else {
       make_factors<false>(slot, e, before, after, decay);
-      sync();
-      multiply(d, slot->k_bar, slot->q, slot->k);
+      at_.sync();
+      at_.multiply(d, slot->k_bar, slot->q, slot->k);
     }
     store_products(slot, d);
-    sync();
+    at_.sync();
     // The warps take turns, and the other three go on to the next chunk.
-    if (warp_ == chunk / ring_.producers % kGroupWarps) {
+    if (at_.warp == turn) {
       invert(slot);
       __syncwarp();
-      if (lane_ == 0) ptx::mbarrier_arrive(&barriers->full[position.slot]);
+      if (at_.lane == 0) ptx::mbarrier_arrive(&barriers->full[position.slot]);
     }
   }
 
@@ -499,10 +557,7 @@ class Producer {
   const Work& w_;
   const Ring& ring_;
   char* smem_;
-  int group_, warp_, lane_;
-  int span_;     // which tokens of a chunk the lane has: span_ * kSpan + [0, kSpan)
-  int channel_;  // the first of its two channels
-  int place_;
+  Lane at_;
   const char* beta_;  // of the sequence's first token
   float shift_[2];
   float slope_, factor_;
