@@ -50,9 +50,8 @@ void check_launch(cudaError_t error, const char* op, int device) {
       served += (served.empty() ? "" : ", ") + words(capability);
     }
     STD_TORCH_CHECK(false, op, ": CUDA device ", device, " has compute capability ",
-                    words(device_properties(device).capability),
-                    "; this build holds kernels for ", served,
-                    ". Use a GPU of these, or build the package for yours.");
+                    words(device_properties(device).capability), "; this build holds kernels for ",
+                    served, ". Use a GPU of these, or build the package for yours.");
   }
   STD_TORCH_CHECK(false, op, " could not be launched: ", cudaGetErrorString(error));
 }

@@ -13,7 +13,8 @@ struct Device {
 
 const Device& device_properties(int index);
 
-// Raises a sentence where a launch failed; one that names the capabilities served where none fits the device.
+// Raises a sentence where a launch failed; one that names the capabilities served where none fits
+// the device.
 void check_launch(cudaError_t error, const char* op, int device);
 
 }  // namespace flashkda::cuda

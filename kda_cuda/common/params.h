@@ -18,7 +18,8 @@ struct TokenTensor {
   int64_t stride_h = 0;
 };
 
-// A [N or P, HV, K, V] tensor (or [.., V, K]), contiguous but for its first dimension; ptr is null where absent.
+// A [N or P, HV, K, V] tensor (or [.., V, K]), contiguous but for its first dimension; ptr is null
+// where absent.
 struct StateTensor {
   void* ptr = nullptr;
   DType dtype = DType::kF32;
@@ -33,10 +34,11 @@ struct Problem {
   int64_t N = 0;  // sequences
   int H = 0, HV = 0, K = 0, V = 0;
 
-  TokenTensor q, k, v, g, beta, o;  // beta is [B, T, HV]: its stride_h is the stride of the last dimension
-  const float* A_log = nullptr;     // [HV], null: exp(A_log) = 1
-  const float* dt_bias = nullptr;   // [HV * K], null: 0
-  const void* cu_seqlens = nullptr; // [N + 1], null for a dense batch
+  TokenTensor q, k, v, g, beta,
+      o;  // beta is [B, T, HV]: its stride_h is the stride of the last dimension
+  const float* A_log = nullptr;      // [HV], null: exp(A_log) = 1
+  const float* dt_bias = nullptr;    // [HV * K], null: 0
+  const void* cu_seqlens = nullptr;  // [N + 1], null for a dense batch
   bool cu_seqlens_64 = false;
 
   StateTensor initial_state, final_state;
@@ -49,14 +51,15 @@ struct Problem {
   bool l2norm = false;
 };
 
-// What continuous batching adds for a few tokens a sequence (docs/architecture.md, recurrent_kda_pool_fwd).
+// What continuous batching adds for a few tokens a sequence (docs/architecture.md,
+// recurrent_kda_pool_fwd).
 struct Pool {
   const void* state_indices = nullptr;  // [N] or [N, T]; null: sequence n owns row n
   bool state_indices_64 = false;
   int64_t stride_n = 0;
   int64_t stride_t = 0;
-  bool per_token = false;                    // state_indices is [N, T]: every token's state is kept
-  int64_t width = 0;                         // T of state_indices [N, T]; later tokens have no row
+  bool per_token = false;  // state_indices is [N, T]: every token's state is kept
+  int64_t width = 0;       // T of state_indices [N, T]; later tokens have no row
   const void* num_accepted_tokens = nullptr;  // [N], null: 1
   bool num_accepted_tokens_64 = false;
   bool in_place = false;  // final_state is the pool that initial_state reads

@@ -78,7 +78,8 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {
   return y;
 }
 
-// The same value, about which the compiler knows nothing: what is computed from it is not moved out of a loop.
+// The same value, about which the compiler knows nothing: what is computed from it is not moved out
+// of a loop.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -1,8 +1,10 @@
-// The chain warps: they carry the state through the chunks. A warp owns 16 value columns and keeps their state
-// transposed, S^T [V, K], in accumulators, where it is at once the left operand of the next chunk's
-// products; nothing of the chain passes through shared memory and the warps never wait for each other.
+// The chain warps: they carry the state through the chunks. A warp owns 16 value columns and keeps
+// their state transposed, S^T [V, K], in accumulators, where it is at once the left operand of the
+// next chunk's products; nothing of the chain passes through shared memory and the warps never wait
+// for each other.
 //
-//   X = V - diag(rk) k_bar S     U = T X     O = diag(rq) (q_bar S + M U)     S = diag(decay) S + k_tilde^T U
+//   X = V - diag(rk) k_bar S     U = T X     O = diag(rq) (q_bar S + M U)     S = diag(decay) S +
+//   k_tilde^T U
 //
 // all transposed. T and U carry rk (producer.cuh), so that k_bar and k_tilde need not.
 #pragma once
@@ -161,7 +163,8 @@ class Chain {
 #pragma unroll
     for (int nn = 0; nn < K / 16; ++nn) {
       if (nn + 1 < K / 16) {
-        ldmatrix_trans(b[(nn + 1) % 2], k_tilde + tile_offset<K>(rows.row, 2 * nn + 2 + rows.piece));
+        ldmatrix_trans(b[(nn + 1) % 2],
+                       k_tilde + tile_offset<K>(rows.row, 2 * nn + 2 + rows.piece));
         const float* next = slot->decay + (2 * nn + 2) * 8 + token;
         decay[(nn + 1) % 2][0] = *reinterpret_cast<const float2*>(next);
         decay[(nn + 1) % 2][1] = *reinterpret_cast<const float2*>(next + 8);
@@ -184,14 +187,14 @@ class Chain {
     if (lane_ == 0) ptx::mbarrier_arrive(&barriers->empty[at.slot]);
   }
 
-  // O goes through the warp's own columns of v's tile, which it has read, so that it leaves in rows of 16 bytes.
-  __device__ __forceinline__ void store_output(const float (&o)[2][4], Slot<Cfg>* slot,
-                                               Elem* to, int64_t left) const {
+  // O goes through the warp's own columns of v's tile, which it has read, so that it leaves in rows
+  // of 16 bytes.
+  __device__ __forceinline__ void store_output(const float (&o)[2][4], Slot<Cfg>* slot, Elem* to,
+                                               int64_t left) const {
     char* tile = reinterpret_cast<char*>(slot->v);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float2 rq =
-          *reinterpret_cast<const float2*>(slot->rq + half * 8 + (lane_ % 4) * 2);
+      const float2 rq = *reinterpret_cast<const float2*>(slot->rq + half * 8 + (lane_ % 4) * 2);
 #pragma unroll
       for (int values = 0; values < 2; ++values) {
         const float* x = o[half] + 2 * values;

@@ -19,8 +19,8 @@ struct PrefillConfig {
   using Elem = Elem_;
   static constexpr int K = K_;
   static constexpr int VS = VS_;
-  static constexpr int kChainWarps = VS / 16;               // each owns 16 value columns
-  static constexpr int kProducers = VS == 128 ? 2 : 3;      // 16 warps of 128 registers in all
+  static constexpr int kChainWarps = VS / 16;           // each owns 16 value columns
+  static constexpr int kProducers = VS == 128 ? 2 : 3;  // 16 warps of 128 registers in all
   static constexpr int kThreads = 32 * kChainWarps + kProducers * kGroupThreads;
   static_assert(K == 64 || K == 128, "a producer's warp owns 16 or 32 channels");
   static_assert(VS == 64 || VS == 128, "a scheduler has one or two chain warps");
@@ -29,8 +29,9 @@ struct PrefillConfig {
 // A's rows are read as float4 by all lanes at once and written by eight rows of lanes.
 inline constexpr int kAStride = kChunk + 4;
 
-// One chunk, from its raw inputs to the factors that the chain reads, which take the inputs' place. Token tiles are
-// swizzled (tile.cuh), g is not. A member that is written as one thing and read as another says so as "first; then".
+// One chunk, from its raw inputs to the factors that the chain reads, which take the inputs' place.
+// Token tiles are swizzled (tile.cuh), g is not. A member that is written as one thing and read as
+// another says so as "first; then".
 template <class Cfg>
 struct alignas(128) Slot {
   using Elem = typename Cfg::Elem;
@@ -44,14 +45,14 @@ struct alignas(128) Slot {
       Elem k_tilde[kTile];  // k exp(G_C - G)
     };
   };
-  Elem v[kChunk * Cfg::VS];  // v; then o
-  Elem T[kChunk * kChunk];   // diag(rk) (I + A)^-1 diag(beta)
-  Elem M[kChunk * kChunk];   // lower triangle of q k^T with decay, before rq and rk
+  Elem v[kChunk * Cfg::VS];    // v; then o
+  Elem T[kChunk * kChunk];     // diag(rk) (I + A)^-1 diag(beta)
+  Elem M[kChunk * kChunk];     // lower triangle of q k^T with decay, before rq and rk
   float A[kChunk * kAStride];  // strictly lower
-  float decay[Cfg::K];       // exp(G_C)
+  float decay[Cfg::K];         // exp(G_C)
   float beta[kChunk];
-  float rk[kChunk];          // 1 / |k|, or 1
-  float rq[kChunk];          // scale / |q|, or scale
+  float rk[kChunk];  // 1 / |k|, or 1
+  float rq[kChunk];  // scale / |q|, or scale
 };
 
 struct Barriers {
@@ -76,7 +77,8 @@ Ring make_ring(size_t smem_limit) {
   Ring ring;
   ring.slots = fit < kMaxSlots ? fit : kMaxSlots;
   ring.producers = ring.slots - 2 < Cfg::kProducers ? ring.slots - 2 : Cfg::kProducers;
-  // When a producer begins a chunk, the chain has read all but those that the producers just made or are making.
+  // When a producer begins a chunk, the chain has read all but those that the producers just made
+  // or are making.
   ring.ahead = ring.slots - ring.producers - 1;
   return ring;
 }

@@ -12,8 +12,9 @@ namespace flashkda::cuda::sm80::prefill {
 template <class Cfg>
 cudaError_t launch_instance(const Problem& p, int smem_limit, cudaStream_t stream);
 
-#define FLASHKDA_PREFILL(Elem, K, VS) \
-  template cudaError_t launch_instance<PrefillConfig<Elem, K, VS>>(const Problem&, int, cudaStream_t)
+#define FLASHKDA_PREFILL(Elem, K, VS)                                                   \
+  template cudaError_t launch_instance<PrefillConfig<Elem, K, VS>>(const Problem&, int, \
+                                                                   cudaStream_t)
 
 extern FLASHKDA_PREFILL(__nv_bfloat16, 128, 128);
 extern FLASHKDA_PREFILL(__nv_bfloat16, 128, 64);

@@ -1,12 +1,15 @@
-// Prefill on any GPU from compute capability 8.0 on: one block walks one (sequence, head, slice of V).
+// Prefill on any GPU from compute capability 8.0 on: one block walks one (sequence, head, slice of
+// V).
 //
 //   chain      VS / 16 warps            S through the chunks             (chain.cuh)
-//   producers  2 or 3 groups of 4 warps loads (loader.cuh), then raw chunks to factors, in turn (producer.cuh)
+//   producers  2 or 3 groups of 4 warps loads (loader.cuh), then raw chunks to factors, in turn
+//   (producer.cuh)
 //
 //                   raw                       full
 //   global memory ───────► producer c % P ───────────► chain ───► o
 //         ▲                                              │
-//         └─────────────────── empty ────────────────────┘   chunk c lies in slot c % slots of a ring in shared memory
+//         └─────────────────── empty ────────────────────┘   chunk c lies in slot c % slots of a
+//         ring in shared memory
 #pragma once
 
 #include <cuda_runtime.h>
@@ -50,8 +53,7 @@ cudaError_t launch_instance(const Problem& p, int smem_limit, cudaStream_t strea
       prefill_kernel<Cfg>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
   const int64_t blocks = p.N * p.HV * (p.V / Cfg::VS);
-  prefill_kernel<Cfg>
-      <<<static_cast<unsigned>(blocks), Cfg::kThreads, bytes, stream>>>(p, ring);
+  prefill_kernel<Cfg><<<static_cast<unsigned>(blocks), Cfg::kThreads, bytes, stream>>>(p, ring);
   return cudaGetLastError();
 }
 

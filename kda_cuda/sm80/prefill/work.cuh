@@ -8,12 +8,12 @@
 namespace flashkda::cuda::sm80::prefill {
 
 struct Work {
-  int64_t n;         // sequence
-  int64_t row;       // batch row
-  int64_t begin;     // its first token in that row
+  int64_t n;      // sequence
+  int64_t row;    // batch row
+  int64_t begin;  // its first token in that row
   int64_t tokens;
   int hv, h;
-  int v0;            // first value column
+  int v0;  // first value column
   int chunks;
 };
 
@@ -23,7 +23,8 @@ __device__ __forceinline__ int64_t cu_seqlen(const Problem& p, int64_t n) {
   return min(max(x, int64_t{0}), p.T);  // whatever the device holds, no access leaves the tensors
 }
 
-// The sequence that is rank-th by length, longest first, ties in order. All threads of the block take part.
+// The sequence that is rank-th by length, longest first, ties in order. All threads of the block
+// take part.
 __device__ __forceinline__ int64_t sequence_of_rank(const Problem& p, int64_t rank, int* shared) {
   for (int64_t n = threadIdx.x; n < p.N; n += blockDim.x) {
     const int64_t length = cu_seqlen(p, n + 1) - cu_seqlen(p, n);
@@ -67,10 +68,12 @@ __device__ __forceinline__ Work find_work(const Problem& p, int* shared) {
 
 // A slot of the ring and the parity of its current use; chunk c uses slot c % slots.
 //
-// A wait on a parity is only sound if the barrier is not a whole phase further behind. For the chain, which takes all chunks in
-// turn, it never is. A producer of chunk c waits for the chain to have read chunk c - slots (empty) before it waits for c's own
-// loads (raw), so that raw is not behind; and it has made chunk c - producers, whose loads began after the chain had read
-// c - producers - slots, so that neither empty is, for c as for the later chunk c + ahead whose loads it begins.
+// A wait on a parity is only sound if the barrier is not a whole phase further behind. For the
+// chain, which takes all chunks in turn, it never is. A producer of chunk c waits for the chain to
+// have read chunk c - slots (empty) before it waits for c's own loads (raw), so that raw is not
+// behind; and it has made chunk c - producers, whose loads began after the chain had read c -
+// producers - slots, so that neither empty is, for c as for the later chunk c + ahead whose loads
+// it begins.
 struct RingPosition {
   int slot;
   uint32_t parity = 0;
