@@ -60,12 +60,12 @@ class Loader {
   __device__ __forceinline__ void load_tile(char* tile, int chunk) const {
     constexpr int kPieces = RowBytes / kPiece;
     constexpr int kRows = 32 / kPieces;  // that a warp loads at once
-    const int rows =
-        static_cast<int>(min(w_.tokens - int64_t{chunk} * kChunk, int64_t{kChunk}));
+    const int rows = static_cast<int>(min(w_.tokens - int64_t{chunk} * kChunk, int64_t{kChunk}));
     const int row = lane_ / kPieces;
     const char* x = piece_ + int64_t{chunk} * kChunk * stride_;
     if ((reinterpret_cast<uintptr_t>(x) | static_cast<uintptr_t>(stride_)) % kPiece == 0) {
-      // Every t is a multiple of kRows, a power of two, so that swizzle(row + t) is row ^ swizzle(t).
+      // Every t is a multiple of kRows, a power of two, so that swizzle(row + t) is row ^
+      // swizzle(t).
       const int piece = lane_ % kPieces ^ (Swizzled ? row : 0);
       char* to = tile + row * RowBytes;
       if (rows == kChunk) {

@@ -1,17 +1,19 @@
-// The producers: each, four warps, turns whole chunks of 16 tokens, one after another, into the factors that the chain reads.
+// The producers: each, four warps, turns whole chunks of 16 tokens, one after another, into the
+// factors that the chain reads.
 //
-// A warp owns a quarter of the channels and a lane two of them, over 8 or 4 neighbouring tokens, so that the decays' running products
-// need one exchange between lanes; the 16 x 16 products of k_bar and q_bar with k then go through shared
-// memory to the tensor cores, a quarter of them each warp. With e_t = exp(g_t),
+// A warp owns a quarter of the channels and a lane two of them, over 8 or 4 neighbouring tokens, so
+// that the decays' running products need one exchange between lanes; the 16 x 16 products of k_bar
+// and q_bar with k then go through shared memory to the tensor cores, a quarter of them each warp.
+// With e_t = exp(g_t),
 //
 //   k_bar_t   = k_t e_1 .. e_t          q_bar_t = q_t e_1 .. e_t
 //   k_tilde_t = k_t e_{t+1} .. e_C      decay   = e_1 .. e_C
 //
-// are products of numbers <= 1: they underflow only where they are nothing. The norms of k and q are kept apart as rk and rq and
-// multiplied in where they cost least.
+// are products of numbers <= 1: they underflow only where they are nothing. The norms of k and q
+// are kept apart as rk and rq and multiplied in where they cost least.
 //
-// The code is kept small on purpose: producers are at different places at a time, and what does not fit the
-// instruction cache is paid for by all (docs/performance.md).
+// The code is kept small on purpose: producers are at different places at a time, and what does not
+// fit the instruction cache is paid for by all (docs/performance.md).
 #pragma once
 
 #include "../../common/element.cuh"
@@ -25,7 +27,8 @@ namespace flashkda::cuda::sm80::prefill {
 
 inline constexpr uint32_t kFullWarp = 0xffffffffu;
 
-// The plain split k exp(G) * k exp(-G) holds while exp(-G_C) and k exp(-G_C) stay in the element's range.
+// The plain split k exp(G) * k exp(-G) holds while exp(-G_C) and k exp(-G_C) stay in the element's
+// range.
 template <class Elem>
 inline constexpr float kSmallestDecay = 0.f;
 template <>
@@ -67,8 +70,9 @@ struct ProducerLane {
                                        (place ^ (i * kPiece)));
   }
 
-  // The warp's quarter of A and M, before beta and the norms: rows 0-15 of k_bar (warps 0, 1) or q_bar (warps 2, 3) with
-  // rows 0-7 or 8-15 of b. The accumulator holds row lane / 4 (+ 8), column 8 (warp % 2) + 2 (lane % 4) + {0, 1}.
+  // The warp's quarter of A and M, before beta and the norms: rows 0-15 of k_bar (warps 0, 1) or
+  // q_bar (warps 2, 3) with rows 0-7 or 8-15 of b. The accumulator holds row lane / 4 (+ 8), column
+  // 8 (warp % 2) + 2 (lane % 4) + {0, 1}.
   __device__ __forceinline__ void multiply(float (&d)[4], const Elem* k_bar, const Elem* q_bar,
                                            const Elem* b) const {
     const LanePosition at_a = by_row(lane);
@@ -101,14 +105,16 @@ struct ProducerLane {
     return Traits::pack(y.x * f0, y.y * f1);
   }
 
-  // One level of the split for steep gates: tokens in the upper half of a block of 2 Half tokens against those
-  // in its lower half, with the decay split at the middle of the block. span_decay: the product of each span's decays.
+  // One level of the split for steep gates: tokens in the upper half of a block of 2 Half tokens
+  // against those in its lower half, with the decay split at the middle of the block. span_decay:
+  // the product of each span's decays.
   template <int Half>
   __device__ __forceinline__ void level(float (&d)[4], Slot<Cfg>* slot, const float (&e)[kSpan][2],
                                         const float (&span_decay)[kSpans][2]) const {
     constexpr int kBlock = Half < kSpan ? 2 * Half : kSpan;  // of the lane's own tokens
     bool upper = false;
-    float before[2] = {1.f, 1.f}, after[2] = {1.f, 1.f};  // between the lane's tokens and the middle
+    float before[2] = {1.f, 1.f},
+          after[2] = {1.f, 1.f};  // between the lane's tokens and the middle
     if constexpr (Half >= kSpan) {
       constexpr int kHalfSpans = Half / kSpan;
       upper = (span / kHalfSpans) & 1;
@@ -157,8 +163,9 @@ struct ProducerLane {
     }
   }
 
-  // A and M where some channel decays so much over the chunk that exp(-G) would leave the element's range. Uses
-  // the places of k_bar and k_tilde before they are there. Rows that a level leaves unwritten are finite or masked.
+  // A and M where some channel decays so much over the chunk that exp(-G) would leave the element's
+  // range. Uses the places of k_bar and k_tilde before they are there. Rows that a level leaves
+  // unwritten are finite or masked.
   __device__ __forceinline__ void multiply_steep(float (&d)[4], Slot<Cfg>* slot,
                                                  const float (&e)[kSpan][2],
                                                  const float (&span_decay)[kSpans][2]) const {
@@ -202,12 +209,7 @@ class Producer {
  public:
   __device__ Producer(const Problem& p, const Work& w, const Ring& ring, char* smem, int group,
                       int warp, int lane)
-      : loader_(p, w, warp, lane),
-        p_(p),
-        w_(w),
-        ring_(ring),
-        smem_(smem),
-        at_(group, warp, lane) {
+      : loader_(p, w, warp, lane), p_(p), w_(w), ring_(ring), smem_(smem), at_(group, warp, lane) {
     beta_ = static_cast<const char*>(p.beta.ptr) +
             (w.row * p.beta.stride_b + w.begin * p.beta.stride_t + w.hv * p.beta.stride_h) *
                 (p.beta.dtype == DType::kF32 ? 4 : 2);
@@ -363,8 +365,8 @@ class Producer {
       sum[i] = (upper ? high : low) + __shfl_xor_sync(kFullWarp, upper ? low : high, 8);
     }
     const bool upper = at_.lane & 4;
-    float total = (upper ? sum[1] : sum[0]) +
-                  __shfl_xor_sync(kFullWarp, upper ? sum[0] : sum[1], 4);
+    float total =
+        (upper ? sum[1] : sum[0]) + __shfl_xor_sync(kFullWarp, upper ? sum[0] : sum[1], 4);
     total += __shfl_xor_sync(kFullWarp, total, 16);
     total += __shfl_xor_sync(kFullWarp, total, 2);
     total += __shfl_xor_sync(kFullWarp, total, 1);
@@ -384,7 +386,8 @@ class Producer {
     }
   }
 
-  // The bits of token lane's beta, for the warp that stores it. Nothing waits for them before store_beta.
+  // The bits of token lane's beta, for the warp that stores it. Nothing waits for them before
+  // store_beta.
   __device__ __forceinline__ uint32_t load_beta(int64_t chunk) const {
     const int64_t t = chunk * kChunk + at_.lane;
     if (at_.warp != 0 || at_.lane >= kChunk || t >= w_.tokens) return 0;
@@ -409,7 +412,8 @@ class Producer {
   __device__ __forceinline__ void make_factors(Slot<Cfg>* slot, const float (&e)[kSpan][2],
                                                const float (&before)[2], const float (&after)[2],
                                                const float (&decay)[2]) const {
-    // All loads come before any store: the compiler does not move a load over a store that may alias it.
+    // All loads come before any store: the compiler does not move a load over a store that may
+    // alias it.
     uint32_t k[kSpan], q[kSpan];
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) {
@@ -491,8 +495,7 @@ class Producer {
                                        uint32_t beta) const {
     Slot<Cfg>* slot = slot_at<Cfg>(smem_, position.slot);
     Barriers* barriers = barriers_at(smem_);
-    const int rows =
-        static_cast<int>(min(w_.tokens - int64_t{chunk} * kChunk, int64_t{kChunk}));
+    const int rows = static_cast<int>(min(w_.tokens - int64_t{chunk} * kChunk, int64_t{kChunk}));
     ptx::mbarrier_wait(&barriers->empty[position.slot], position.parity ^ 1);
     ptx::mbarrier_wait(&barriers->raw[position.slot], position.parity);
 
