@@ -50,12 +50,12 @@ bench: build  ## what can be measured on this machine
 format: setup  ## rewrite the sources in the project's format
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
-	$(PYTHON) -m clang_format -i $(CXX_SOURCES)
+	@$(dir $(PYTHON))clang-format -i $(CXX_SOURCES)
 
-lint: setup  ## check format, Python rules and build.toml
+lint: setup  ## check the format and the Python rules
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m clang_format --dry-run --Werror $(CXX_SOURCES)
+	@$(dir $(PYTHON))clang-format --dry-run --Werror $(CXX_SOURCES)
 
 clean:  ## remove what was built; the set-up stays
 	rm -rf build .generated .pytest_cache .ruff_cache
