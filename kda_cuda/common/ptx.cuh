@@ -36,6 +36,23 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
+// The same for a warp in whose work there is time to spare: asks less often, which leaves issue
+// slots to others.
+__device__ __forceinline__ void mbarrier_wait_idle(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "wait:\n"
+      "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@done bra end;\n"
+      "nanosleep.u32 32;\n"
+      "bra wait;\n"
+      "end:\n"
+      "}\n" ::"r"(smem_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
 // A named barrier of some of a block's warps.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -26,7 +26,7 @@ struct PrefillConfig {
   static_assert(VS == 64 || VS == 128, "a scheduler has one or two chain warps");
 };
 
-// A's rows are read as float4 by all lanes at once and written by eight rows of lanes.
+// A's columns are read as float4 by all lanes at once and written by eight rows of lanes.
 inline constexpr int kAStride = kChunk + 4;
 
 // One chunk, from its raw inputs to the factors that the chain reads, which take the inputs' place.
@@ -48,7 +48,7 @@ struct alignas(128) Slot {
   Elem v[kChunk * Cfg::VS];    // v; then o
   Elem T[kChunk * kChunk];     // diag(rk) (I + A)^-1 diag(beta)
   Elem M[kChunk * kChunk];     // lower triangle of q k^T with decay, before rq and rk
-  float A[kChunk * kAStride];  // strictly lower
+  float A[kChunk * kAStride];  // strictly lower, by columns
   float decay[Cfg::K];         // exp(G_C)
   float beta[kChunk];
   float rk[kChunk];  // 1 / |k|, or 1

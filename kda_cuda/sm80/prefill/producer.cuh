@@ -241,7 +241,7 @@ class Producer {
  private:
   __device__ __forceinline__ void load(int chunk, const RingPosition& position) const {
     Barriers* barriers = barriers_at(smem_);
-    ptx::mbarrier_wait(&barriers->empty[position.slot], position.parity ^ 1);
+    ptx::mbarrier_wait_idle(&barriers->empty[position.slot], position.parity ^ 1);
     loader_.load(slot_at<Cfg>(smem_, position.slot), chunk, &barriers->raw[position.slot]);
   }
 
@@ -452,8 +452,8 @@ class Producer {
       const float d0 = d[2 * half], d1 = d[2 * half + 1];
       if (at_.warp < 2) {
         const float factor = slot->beta[i] * slot->rk[i];
-        *reinterpret_cast<float2*>(slot->A + i * kAStride + j) =
-            make_float2(j < i ? d0 * factor * rk0 : 0.f, j + 1 < i ? d1 * factor * rk1 : 0.f);
+        slot->A[j * kAStride + i] = j < i ? d0 * factor * rk0 : 0.f;
+        slot->A[(j + 1) * kAStride + i] = j + 1 < i ? d1 * factor * rk1 : 0.f;
       } else {
         *reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(slot->M) +
                                      square_offset(i, at_.warp % 2) + (at_.lane % 4) * 4) =
@@ -467,17 +467,19 @@ class Producer {
     const int column = at_.lane % kChunk;
     float x[kChunk];
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      float sum = i == column ? 1.f : 0.f;
+    for (int i = 0; i < kChunk; ++i) x[i] = i == column ? 1.f : 0.f;
+    // Once x[j] is known, it is taken from all later rows at once: their updates do not wait for
+    // each other.
 #pragma unroll
-      for (int j = 0; j < i; j += 4) {
-        const float4 row = *reinterpret_cast<const float4*>(slot->A + i * kAStride + j);
-        sum -= row.x * x[j];
-        if (j + 1 < i) sum -= row.y * x[j + 1];
-        if (j + 2 < i) sum -= row.z * x[j + 2];
-        if (j + 3 < i) sum -= row.w * x[j + 3];
+    for (int j = 0; j < kChunk - 1; ++j) {
+#pragma unroll
+      for (int i = (j + 1) / 4 * 4; i < kChunk; i += 4) {
+        const float4 A = *reinterpret_cast<const float4*>(slot->A + j * kAStride + i);
+        if (i > j) x[i] -= A.x * x[j];
+        if (i + 1 > j) x[i + 1] -= A.y * x[j];
+        if (i + 2 > j) x[i + 2] -= A.z * x[j];
+        x[i + 3] -= A.w * x[j];
       }
-      x[i] = sum;
     }
     const float beta = slot->beta[column];
     const bool upper = at_.lane >= kChunk;  // lanes 0-15 store rows 0-7, lanes 16-31 rows 8-15
@@ -496,8 +498,8 @@ class Producer {
     Slot<Cfg>* slot = slot_at<Cfg>(smem_, position.slot);
     Barriers* barriers = barriers_at(smem_);
     const int rows = static_cast<int>(min(w_.tokens - int64_t{chunk} * kChunk, int64_t{kChunk}));
-    ptx::mbarrier_wait(&barriers->empty[position.slot], position.parity ^ 1);
-    ptx::mbarrier_wait(&barriers->raw[position.slot], position.parity);
+    ptx::mbarrier_wait_idle(&barriers->empty[position.slot], position.parity ^ 1);
+    ptx::mbarrier_wait_idle(&barriers->raw[position.slot], position.parity);
 
     float e[kSpan][2];
     load_decays(e, slot->g, rows);
