@@ -2,7 +2,8 @@
 
 `make demo` runs it. The model is the real `KimiLinearForCausalLM` (KDA and MLA layers, short
 convolution, mixture of experts), small and with random weights, so the text is noise; what counts is
-that it is the same noise as with transformers' own layers. Exits with status 1 if it is not.
+that it is the same noise as with transformers' own layers. Exits with status 1 if it is not: a token
+may differ only where transformers' own two best logits are equal within rounding.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def make_model(device: str) -> KimiLinearForCausalLM:
     )
     torch.manual_seed(0)
     model = KimiLinearForCausalLM(config).eval()
-    # GPU kernels take 16-bit tokens; on a CPU float32 leaves no doubt about the comparison.
-    return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    # GPU kernels take 16-bit tokens, of which float16 is the more precise.
+    return model.to(device, torch.float16 if device == "cuda" else torch.float32)
 
 
 def encode(prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -180,6 +181,24 @@ def say_who_serves(model: KimiLinearForCausalLM) -> None:
         say(f"  layer {index}: KDA, {modules}: {classes}")
 
 
+def compare(own: Run, ours: Run, rounding: float) -> tuple[bool, float]:
+    """Whether the tokens agree, and the largest difference of logits while the texts are one."""
+    agree, largest = True, 0.0
+    for row, same in enumerate(own.tokens == ours.tokens):
+        steps = len(same) if same.all() else int(same.int().argmin()) + 1
+        difference = (own.logits[row, :steps] - ours.logits[row, :steps]).abs().max()
+        largest = max(largest, difference.item())
+        if not same.all():
+            best, second = own.logits[row, steps - 1].topk(2).values.tolist()
+            tie = best - second <= rounding
+            agree = agree and tie
+            say(
+                f"  prompt {row}: token {steps} differs; the two best logits are "
+                f"{best - second:.1e} apart, {'within' if tie else 'NOT within'} rounding"
+            )
+    return agree, largest
+
+
 def main() -> int:
     logging.set_verbosity_error()
     kernel = get_kernel(REPO_ID, version=1)
@@ -203,15 +222,14 @@ def main() -> int:
     say_who_serves(model)
     say(f"  ops called by a prefill and one decoding step: {dict(ours.calls)}")
 
-    equal = torch.equal(own.tokens, ours.tokens)
     kda_layers = sum(kind == "linear_attention" for kind in model.config.layer_types)
     served = sum(ours.calls.values()) == 2 * kda_layers and not own.calls
-    difference = (own.logits - ours.logits).abs().max().item()
+    highest = own.logits.abs().max().item()
     say("\nResult:")
-    say(f"  generated tokens equal: {'yes' if equal else 'NO'} ({ours.tokens.numel()} tokens)")
-    say(
-        f"  largest difference of logits: {difference:.1e} (of at most {own.logits.abs().max():.1f})"
-    )
+    agree, difference = compare(own, ours, rounding=8 * torch.finfo(model.dtype).eps * highest)
+    equal = int((own.tokens == ours.tokens).sum())
+    say(f"  generated tokens equal: {equal} of {ours.tokens.numel()}")
+    say(f"  largest difference of logits: {difference:.1e} (of at most {highest:.1f})")
     for name, before, after in (
         ("prefill", own.prefill_ms, ours.prefill_ms),
         ("decode, a token", own.decode_ms, ours.decode_ms),
@@ -219,7 +237,7 @@ def main() -> int:
         say(f"  {name}: {before:.1f} -> {after:.1f} ms, {before / after:.1f} times as fast")
     if not served:
         say("  NOT every KDA layer was served by this package")
-    return 0 if equal and served else 1
+    return 0 if agree and served else 1
 
 
 if __name__ == "__main__":
