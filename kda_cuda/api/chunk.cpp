@@ -7,8 +7,8 @@
 namespace flashkda::cuda {
 namespace {
 
-cudaError_t dispatch(const Problem& p, const Device& device, cudaStream_t stream) {
-  return sm80::prefill::launch(p, device.smem_limit, device.multiprocessors, stream);
+cudaError_t dispatch(const Problem& p, const Target& target, cudaStream_t stream) {
+  return sm80::prefill::launch(p, target, stream);
 }
 
 }  // namespace
@@ -23,7 +23,7 @@ void chunk_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
       to_problem(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o, final_state, scale,
                  gate, lower_bound, beta_mode, l2norm, state_v_first);
   const Launch launch(q);
-  check_launch(dispatch(p, device_properties(launch.device()), launch.stream()), "chunk_kda",
+  check_launch(dispatch(p, target_of(launch.device()), launch.stream()), "chunk_kda",
                launch.device());
 }
 

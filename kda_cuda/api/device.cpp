@@ -11,8 +11,6 @@
 namespace flashkda::cuda {
 namespace {
 
-constexpr int kMaxDevices = 64;
-
 int attribute(cudaDeviceAttr what, int device) {
   int value = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, what, device);
@@ -27,18 +25,19 @@ std::string words(int capability) {
 
 }  // namespace
 
-const Device& device_properties(int index) {
-  static std::array<Device, kMaxDevices> devices;
+const Target& target_of(int device) {
+  static std::array<Target, kMaxDevices> targets;
   static std::array<std::once_flag, kMaxDevices> read;
-  STD_TORCH_CHECK(index >= 0 && index < kMaxDevices, "CUDA device ", index,
+  STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "CUDA device ", device,
                   " was given, the first ", kMaxDevices, " are served");
-  std::call_once(read[index], [index] {
-    devices[index] = {attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
-                          attribute(cudaDevAttrComputeCapabilityMinor, index),
-                      attribute(cudaDevAttrMultiProcessorCount, index),
-                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+  std::call_once(read[device], [device] {
+    targets[device] = {device,
+                       attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
+                           attribute(cudaDevAttrComputeCapabilityMinor, device),
+                       attribute(cudaDevAttrMultiProcessorCount, device),
+                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
   });
-  return devices[index];
+  return targets[device];
 }
 
 void check_launch(cudaError_t error, const char* op, int device) {
@@ -50,8 +49,8 @@ void check_launch(cudaError_t error, const char* op, int device) {
       served += (served.empty() ? "" : ", ") + words(capability);
     }
     STD_TORCH_CHECK(false, op, ": CUDA device ", device, " has compute capability ",
-                    words(device_properties(device).capability), "; this build holds kernels for ",
-                    served, ". Use a GPU of these, or build the package for yours.");
+                    words(target_of(device).capability), "; this build holds kernels for ", served,
+                    ". Use a GPU of these, or build the package for yours.");
   }
   STD_TORCH_CHECK(false, op, " could not be launched: ", cudaGetErrorString(error));
 }

@@ -3,15 +3,11 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../common/params.h"
+
 namespace flashkda::cuda {
 
-struct Device {
-  int capability;  // major * 10 + minor
-  int multiprocessors;
-  int smem_limit;  // opt-in shared memory of a block in bytes
-};
-
-const Device& device_properties(int index);
+const Target& target_of(int device);
 
 // Raises a sentence where a launch failed; one that names the capabilities served where none fits
 // the device.

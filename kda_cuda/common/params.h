@@ -65,4 +65,14 @@ struct Pool {
   bool in_place = false;  // final_state is the pool that initial_state reads
 };
 
+inline constexpr int kMaxDevices = 64;
+
+// The device of a launch.
+struct Target {
+  int device = 0;      // below kMaxDevices
+  int capability = 0;  // major * 10 + minor
+  int multiprocessors = 0;
+  int smem_limit = 0;  // opt-in shared memory of a block in bytes
+};
+
 }  // namespace flashkda::cuda

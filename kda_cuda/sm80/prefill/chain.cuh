@@ -6,7 +6,8 @@
 //   X = V - diag(rk) k_bar S     U = T X     O = diag(rq) (q_bar S + M U)     S = diag(decay) S +
 //   k_tilde^T U
 //
-// all transposed. T and U carry rk (producer.cuh), so that k_bar and k_tilde need not.
+// all transposed. T and U carry rk (producer.cuh), so that k_bar and k_tilde need not. The
+// diagonals of T and M multiply in fp32, unrounded: with fast decay they are most of U and O.
 #pragma once
 
 #include "../../common/element.cuh"
@@ -154,10 +155,21 @@ class Chain {
       }
       uint32_t a[4];
       to_operand(a, x[0], x[1]);
-      float y[2][4] = {};
-      mma<Elem>(y[0], a, bT[0], bT[1]);
-      mma<Elem>(y[1], a, bT[2], bT[3]);
-      to_operand(u, y[0], y[1]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 T = *reinterpret_cast<const float2*>(slot->T_diagonal + half * 8 + token);
+        const float2 M = *reinterpret_cast<const float2*>(slot->M_diagonal + half * 8 + token);
+        x[half][0] *= T.x;
+        x[half][1] *= T.y;
+        x[half][2] *= T.x;
+        x[half][3] *= T.y;
+        mma<Elem>(x[half], a, bT[2 * half], bT[2 * half + 1]);
+        o[half][0] += M.x * x[half][0];
+        o[half][1] += M.y * x[half][1];
+        o[half][2] += M.x * x[half][2];
+        o[half][3] += M.y * x[half][3];
+      }
+      to_operand(u, x[0], x[1]);
     }
 
 #pragma unroll

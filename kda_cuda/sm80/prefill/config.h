@@ -46,13 +46,15 @@ struct alignas(128) Slot {
     };
   };
   Elem v[kChunk * Cfg::VS];    // v; then o
-  Elem T[kChunk * kChunk];     // diag(rk) (I + A)^-1 diag(beta)
-  Elem M[kChunk * kChunk];     // lower triangle of q k^T with decay, before rq and rk
+  Elem T[kChunk * kChunk];     // diag(rk) (I + A)^-1 diag(beta) but for its diagonal
+  Elem M[kChunk * kChunk];     // q k^T with decay, strictly lower, before rq and rk
   float A[kChunk * kAStride];  // strictly lower, by columns
   float decay[Cfg::K];         // exp(G_C)
   float beta[kChunk];
-  float rk[kChunk];  // 1 / |k|, or 1
-  float rq[kChunk];  // scale / |q|, or scale
+  float T_diagonal[kChunk];  // rk beta
+  float M_diagonal[kChunk];  // q k
+  float rk[kChunk];          // 1 / |k|, or 1
+  float rq[kChunk];          // scale / |q|, or scale
 };
 
 struct Barriers {

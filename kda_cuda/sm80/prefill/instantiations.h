@@ -10,10 +10,10 @@
 namespace flashkda::cuda::sm80::prefill {
 
 template <class Cfg>
-cudaError_t launch_instance(const Problem& p, int smem_limit, cudaStream_t stream);
+cudaError_t launch_instance(const Problem& p, const Target& target, cudaStream_t stream);
 
-#define FLASHKDA_PREFILL(Elem, K, VS)                                                   \
-  template cudaError_t launch_instance<PrefillConfig<Elem, K, VS>>(const Problem&, int, \
+#define FLASHKDA_PREFILL(Elem, K, VS)                                                             \
+  template cudaError_t launch_instance<PrefillConfig<Elem, K, VS>>(const Problem&, const Target&, \
                                                                    cudaStream_t)
 
 extern FLASHKDA_PREFILL(__nv_bfloat16, 128, 128);

@@ -169,7 +169,8 @@ struct ProducerLane {
   __device__ __forceinline__ void multiply_steep(float (&d)[4], Slot<Cfg>* slot,
                                                  const float (&e)[kSpan][2],
                                                  const float (&span_decay)[kSpans][2]) const {
-    multiply(d, slot->k, slot->q, slot->k);  // the diagonal
+#pragma unroll
+    for (int r = 0; r < 4; ++r) d[r] = 0.f;
     level<1>(d, slot, e, span_decay);
     level<2>(d, slot, e, span_decay);
     level<4>(d, slot, e, span_decay);
@@ -341,21 +342,24 @@ class Producer {
     }
   }
 
-  // 1 / |x| of the warp's four tokens; lane 4 i + .. of the warp's first 16 has token i's.
-  __device__ __forceinline__ float inverse_norm(const Elem* tile) const {
+  // x_t y_t of the warp's four tokens t; lane 4 i + .. of the warp's first 16 has token i's.
+  __device__ __forceinline__ float dot(const Elem* x, const Elem* y) const {
     constexpr int kTokens = kChunk / kGroupWarps;
     float sum[kTokens];
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      const int t = at_.warp * kTokens + i;
-      const char* row = reinterpret_cast<const char*>(tile) + t * K * 2;
+      // Which channels a lane takes does not matter, so the swizzle, the same for both tiles, does
+      // not either.
+      const int row = (at_.warp * kTokens + i) * K * 2;
       sum[i] = 0.f;
-      // Which channels a lane takes does not matter, so the swizzle does not either.
 #pragma unroll
       for (int j = 0; j < K / 64; ++j) {
-        const float2 x =
-            Traits::unpack(*reinterpret_cast<const uint32_t*>(row + j * 128 + at_.lane * 4));
-        sum[i] += x.x * x.x + x.y * x.y;
+        const int offset = row + j * 128 + at_.lane * 4;
+        const float2 a = Traits::unpack(
+            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(x) + offset));
+        const float2 b = Traits::unpack(
+            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(y) + offset));
+        sum[i] += a.x * b.x + a.y * b.y;
       }
     }
 #pragma unroll
@@ -370,17 +374,19 @@ class Producer {
     total += __shfl_xor_sync(kFullWarp, total, 16);
     total += __shfl_xor_sync(kFullWarp, total, 2);
     total += __shfl_xor_sync(kFullWarp, total, 1);
-    return rsqrtf(total + 1e-6f);
+    return total;
   }
 
-  __device__ __forceinline__ void store_norms(Slot<Cfg>* slot) const {
+  __device__ __forceinline__ void store_dots(Slot<Cfg>* slot) const {
+    const float qk = dot(slot->q, slot->k);
     float rk = 1.f, rq = p_.scale;
     if (p_.l2norm) {
-      rk = inverse_norm(slot->k);
-      rq *= inverse_norm(slot->q);
+      rk = rsqrtf(dot(slot->k, slot->k) + 1e-6f);
+      rq *= rsqrtf(dot(slot->q, slot->q) + 1e-6f);
     }
     if (at_.lane < 16 && at_.lane % 4 == 0) {
       const int t = at_.warp * (kChunk / kGroupWarps) + at_.lane / 4;
+      slot->M_diagonal[t] = qk;
       slot->rk[t] = rk;
       slot->rq[t] = rq;
     }
@@ -442,7 +448,7 @@ class Producer {
     }
   }
 
-  // A with beta and the norms, strictly lower; M, lower, as the chain reads it.
+  // A with beta and the norms, and M as the chain reads it, both strictly lower.
   __device__ __forceinline__ void store_products(Slot<Cfg>* slot, const float (&d)[4]) const {
     const int j = at_.fragment_column(0);
     const float rk0 = slot->rk[j], rk1 = slot->rk[j + 1];
@@ -457,7 +463,7 @@ class Producer {
       } else {
         *reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(slot->M) +
                                      square_offset(i, at_.warp % 2) + (at_.lane % 4) * 4) =
-            Traits::pack(j <= i ? d0 : 0.f, j + 1 <= i ? d1 : 0.f);
+            Traits::pack(j < i ? d0 : 0.f, j + 1 < i ? d1 : 0.f);
       }
     }
   }
@@ -482,12 +488,13 @@ class Producer {
       }
     }
     const float beta = slot->beta[column];
+    if (at_.lane < kChunk) slot->T_diagonal[column] = slot->rk[column] * beta;
     const bool upper = at_.lane >= kChunk;  // lanes 0-15 store rows 0-7, lanes 16-31 rows 8-15
 #pragma unroll
     for (int i = 0; i < kChunk / 2; ++i) {
       const int row = upper ? i + 8 : i;
       const float low = x[i], high = x[i + 8];
-      const float t = slot->rk[row] * (upper ? high : low) * beta;
+      const float t = row == column ? 0.f : slot->rk[row] * (upper ? high : low) * beta;
       *reinterpret_cast<Elem*>(reinterpret_cast<char*>(slot->T) + square_offset(row, column / 8) +
                                (column % 8) * 2) = Traits::from_float(t);
     }
@@ -523,7 +530,7 @@ class Producer {
     if (at_.span == 0) {
       *reinterpret_cast<float2*>(slot->decay + at_.channel) = make_float2(decay[0], decay[1]);
     }
-    store_norms(slot);
+    store_dots(slot);
     store_beta(slot, rows, beta);
 
     // From here on the places of k, q and g may be written.
