@@ -1,6 +1,6 @@
-// Token tiles in shared memory: rows of 16-byte pieces, piece p of row t at p ^ (t & 7), so that
-// eight rows of one piece (ldmatrix) and one row of all pieces (a warp's stores) are both free of
-// bank conflicts.
+// Token tiles in shared memory: rows of 16-byte pieces, piece p of row t at p ^ swizzle(t), so that
+// neither eight rows of one piece (ldmatrix), nor a row, nor four neighbouring pieces of rows t and
+// t + 8 (a producer's warp) meet in a bank.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,17 @@ namespace flashkda::cuda {
 
 inline constexpr int kPiece = 16;  // bytes
 
-__host__ __device__ constexpr int swizzle(int row) { return (row & 7) ^ ((row >> 1) & 4); }
+// Linear: swizzle(a ^ b) is swizzle(a) ^ swizzle(b).
+template <int Columns>
+__host__ __device__ constexpr int swizzle(int row) {
+  static_assert(Columns == 32 || Columns % 64 == 0, "a row is half a line of banks or whole lines");
+  return Columns == 32 ? (row >> 1) & 3 : (row & 7) ^ ((row >> 1) & 4);
+}
 
-// Byte offset of a piece in a tile of 64 or more 16-bit columns.
+// Byte offset of a piece in a tile of 16-bit columns.
 template <int Columns>
 __host__ __device__ constexpr int tile_offset(int row, int piece) {
-  static_assert(Columns % 64 == 0, "a row holds whole groups of eight pieces");
-  return row * Columns * 2 + ((piece ^ swizzle(row)) * kPiece);
+  return row * Columns * 2 + ((piece ^ swizzle<Columns>(row)) * kPiece);
 }
 
 // The same for a 16 x 16 tile, whose rows are two pieces long.

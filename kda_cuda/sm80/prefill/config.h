@@ -23,7 +23,7 @@ struct PrefillConfig {
   static constexpr int kProducers = VS == 128 ? 2 : 3;  // 16 warps of 128 registers in all
   static constexpr int kThreads = 32 * kChainWarps + kProducers * kGroupThreads;
   static_assert(K == 64 || K == 128, "a producer's warp owns 16 or 32 channels");
-  static_assert(VS == 64 || VS == 128, "a scheduler has one or two chain warps");
+  static_assert(VS == 32 || VS == 64 || VS == 128, "see the number of producers");
 };
 
 // A's columns are read as float4 by all lanes at once and written by eight rows of lanes.

@@ -18,9 +18,11 @@ cudaError_t launch_instance(const Problem& p, const Target& target, cudaStream_t
 
 extern FLASHKDA_PREFILL(__nv_bfloat16, 128, 128);
 extern FLASHKDA_PREFILL(__nv_bfloat16, 128, 64);
+extern FLASHKDA_PREFILL(__nv_bfloat16, 128, 32);
 extern FLASHKDA_PREFILL(__nv_bfloat16, 64, 64);
 extern FLASHKDA_PREFILL(__half, 128, 128);
 extern FLASHKDA_PREFILL(__half, 128, 64);
+extern FLASHKDA_PREFILL(__half, 128, 32);
 extern FLASHKDA_PREFILL(__half, 64, 64);
 
 }  // namespace flashkda::cuda::sm80::prefill

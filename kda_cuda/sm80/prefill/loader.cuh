@@ -59,40 +59,43 @@ class Loader {
   template <int ElementBytes, int RowBytes, bool Swizzled>
   __device__ __forceinline__ void load_tile(char* tile, int chunk) const {
     constexpr int kPieces = RowBytes / kPiece;
-    constexpr int kRows = 32 / kPieces;  // that a warp loads at once
+    const int lane = ptx::opaque(lane_);  // see Producer::run
+    constexpr int kRows = 32 / kPieces;   // that a warp loads at once
     const int rows = static_cast<int>(min(w_.tokens - int64_t{chunk} * kChunk, int64_t{kChunk}));
-    const int row = lane_ / kPieces;
+    const int row = lane / kPieces;
     const char* x = piece_ + int64_t{chunk} * kChunk * stride_;
     if ((reinterpret_cast<uintptr_t>(x) | static_cast<uintptr_t>(stride_)) % kPiece == 0) {
       // Every t is a multiple of kRows, a power of two, so that swizzle(row + t) is row ^
       // swizzle(t).
-      const int piece = lane_ % kPieces ^ (Swizzled ? row : 0);
+      const int piece = lane % kPieces ^ (Swizzled ? swizzle<RowBytes / 2>(row) : 0);
       char* to = tile + row * RowBytes;
       if (rows == kChunk) {
 #pragma unroll
         for (int t = 0; t < kChunk; t += kRows) {
-          ptx::cp_async_16(to + t * RowBytes + (piece ^ (Swizzled ? swizzle(t) : 0)) * kPiece, x,
-                           true);
+          ptx::cp_async_16(
+              to + t * RowBytes + (piece ^ (Swizzled ? swizzle<RowBytes / 2>(t) : 0)) * kPiece, x,
+              true);
           x += kRows * stride_;
         }
       } else {
 #pragma unroll 1
         for (int t = 0; t < kChunk; t += kRows) {
           const bool keep = row + t < rows;
-          ptx::cp_async_16(to + t * RowBytes + (piece ^ (Swizzled ? swizzle(t) : 0)) * kPiece,
-                           keep ? x : piece_, keep);
+          ptx::cp_async_16(
+              to + t * RowBytes + (piece ^ (Swizzled ? swizzle<RowBytes / 2>(t) : 0)) * kPiece,
+              keep ? x : piece_, keep);
           x += kRows * stride_;
         }
       }
     } else {
       using Bits = std::conditional_t<ElementBytes == 2, uint16_t, uint32_t>;
       constexpr int kColumns = RowBytes / ElementBytes;
-      x -= row * stride_ + lane_ % kPieces * kPiece;
+      x -= row * stride_ + lane % kPieces * kPiece;
 #pragma unroll 1
-      for (int i = lane_; i < kChunk * kColumns; i += 32) {
+      for (int i = lane; i < kChunk * kColumns; i += 32) {
         const int t = i / kColumns, column = i % kColumns;
         const int at = column * ElementBytes / kPiece;
-        char* to = tile + t * RowBytes + (Swizzled ? at ^ swizzle(t) : at) * kPiece +
+        char* to = tile + t * RowBytes + (Swizzled ? at ^ swizzle<RowBytes / 2>(t) : at) * kPiece +
                    column * ElementBytes % kPiece;
         const Bits* from = reinterpret_cast<const Bits*>(x + t * stride_) + column;
         *reinterpret_cast<Bits*>(to) = t < rows ? *from : Bits{0};

@@ -5,13 +5,15 @@
 namespace flashkda::cuda::sm80::prefill {
 namespace {
 
+// A slice of V costs its head's factors once more, and leaves the producers more of the SM: worth
+// it while SMs are idle. Results do not depend on it.
 template <class Elem>
 cudaError_t launch_for(const Problem& p, const Target& target, cudaStream_t stream) {
   if (p.K == 64) return launch_instance<PrefillConfig<Elem, 64, 64>>(p, target, stream);
-  // Half the columns a block make a step shorter, and cost each head's factors twice: only where
-  // SMs are left over.
-  const bool spare = 2 * p.N * p.HV <= target.multiprocessors;
-  if (p.V == 64 || spare) return launch_instance<PrefillConfig<Elem, 128, 64>>(p, target, stream);
+  const auto fits = [&](int slice) { return p.N * p.HV * (p.V / slice) <= target.multiprocessors; };
+  if (fits(32)) return launch_instance<PrefillConfig<Elem, 128, 32>>(p, target, stream);
+  if (fits(64) || p.V == 64)
+    return launch_instance<PrefillConfig<Elem, 128, 64>>(p, target, stream);
   return launch_instance<PrefillConfig<Elem, 128, 128>>(p, target, stream);
 }
 

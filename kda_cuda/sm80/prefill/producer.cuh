@@ -57,8 +57,8 @@ struct ProducerLane {
         lane(lane),
         span(lane / kLanes),
         channel(warp * (K / kGroupWarps) + lane % kLanes * 2) {
-    // swizzle(t) differs from swizzle(span * kSpan) in the last bits only.
-    place = span * kSpan * K * 2 + ((channel * 2 / kPiece) ^ swizzle(span * kSpan)) * kPiece +
+    // For i < kSpan, swizzle(span * kSpan + i) is swizzle(span * kSpan) ^ i.
+    place = span * kSpan * K * 2 + ((channel * 2 / kPiece) ^ swizzle<K>(span * kSpan)) * kPiece +
             channel * 2 % kPiece;
   }
 
@@ -342,54 +342,51 @@ class Producer {
     }
   }
 
-  // x_t y_t of the warp's four tokens t; lane 4 i + .. of the warp's first 16 has token i's.
-  __device__ __forceinline__ float dot(const Elem* x, const Elem* y) const {
-    constexpr int kTokens = kChunk / kGroupWarps;
-    float sum[kTokens];
+  // Sums each of the first 2 Half values over the warp; lane l gets the sum of value l / 2.
+  template <int Half>
+  __device__ __forceinline__ float reduce_scatter(float (&x)[16]) const {
+    const bool upper = at_.lane & (2 * Half);
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      // Which channels a lane takes does not matter, so the swizzle, the same for both tiles, does
-      // not either.
-      const int row = (at_.warp * kTokens + i) * K * 2;
-      sum[i] = 0.f;
-#pragma unroll
-      for (int j = 0; j < K / 64; ++j) {
-        const int offset = row + j * 128 + at_.lane * 4;
-        const float2 a = Traits::unpack(
-            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(x) + offset));
-        const float2 b = Traits::unpack(
-            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(y) + offset));
-        sum[i] += a.x * b.x + a.y * b.y;
-      }
+    for (int i = 0; i < Half; ++i) {
+      const float low = x[i], high = x[i + Half];
+      x[i] = (upper ? high : low) + __shfl_xor_sync(kFullWarp, upper ? low : high, 2 * Half);
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool upper = at_.lane & 8;
-      const float low = sum[i], high = sum[i + 2];
-      sum[i] = (upper ? high : low) + __shfl_xor_sync(kFullWarp, upper ? low : high, 8);
+    if constexpr (Half > 1) {
+      return reduce_scatter<Half / 2>(x);
+    } else {
+      return x[0] + __shfl_xor_sync(kFullWarp, x[0], 1);
     }
-    const bool upper = at_.lane & 4;
-    float total =
-        (upper ? sum[1] : sum[0]) + __shfl_xor_sync(kFullWarp, upper ? sum[0] : sum[1], 4);
-    total += __shfl_xor_sync(kFullWarp, total, 16);
-    total += __shfl_xor_sync(kFullWarp, total, 2);
-    total += __shfl_xor_sync(kFullWarp, total, 1);
-    return total;
   }
 
+  // rk, rq and M's diagonal: k k, q q and q k of the warp's four tokens, all twelve sums reduced
+  // together.
   __device__ __forceinline__ void store_dots(Slot<Cfg>* slot) const {
-    const float qk = dot(slot->q, slot->k);
-    float rk = 1.f, rq = p_.scale;
-    if (p_.l2norm) {
-      rk = rsqrtf(dot(slot->k, slot->k) + 1e-6f);
-      rq *= rsqrtf(dot(slot->q, slot->q) + 1e-6f);
+    constexpr int kTokens = kChunk / kGroupWarps;
+    float sum[16] = {};
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+#pragma unroll
+      for (int j = 0; j < K / 64; ++j) {
+        // Which channels a lane takes does not matter, so the swizzle, the same for both tiles,
+        // does not either.
+        const int offset = (at_.warp * kTokens + i) * K * 2 + j * 128 + at_.lane * 4;
+        const float2 k = Traits::unpack(
+            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(slot->k) + offset));
+        const float2 q = Traits::unpack(
+            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(slot->q) + offset));
+        sum[i] += k.x * k.x + k.y * k.y;
+        sum[kTokens + i] += q.x * q.x + q.y * q.y;
+        sum[2 * kTokens + i] += q.x * k.x + q.y * k.y;
+      }
     }
-    if (at_.lane < 16 && at_.lane % 4 == 0) {
-      const int t = at_.warp * (kChunk / kGroupWarps) + at_.lane / 4;
-      slot->M_diagonal[t] = qk;
-      slot->rk[t] = rk;
-      slot->rq[t] = rq;
-    }
+    const float total = reduce_scatter<8>(sum);
+    const int kind = at_.lane / 8;
+    if (kind == 3 || at_.lane % 2 != 0) return;
+    const float norm = p_.l2norm ? rsqrtf(total + 1e-6f) : 1.f;
+    float* to = kind == 0 ? slot->rk : kind == 1 ? slot->rq : slot->M_diagonal;
+    to[at_.warp * kTokens + at_.lane / 2 % kTokens] = kind == 0   ? norm
+                                                      : kind == 1 ? norm * p_.scale
+                                                                  : total;
   }
 
   // The bits of token lane's beta, for the warp that stores it. Nothing waits for them before

@@ -1,0 +1,8 @@
+#include "../instantiations.h"
+#include "../kernel.cuh"
+
+namespace flashkda::cuda::sm80::prefill {
+
+FLASHKDA_PREFILL(__nv_bfloat16, 128, 32);
+
+}  // namespace flashkda::cuda::sm80::prefill
