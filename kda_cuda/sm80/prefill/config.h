@@ -53,8 +53,10 @@ struct alignas(128) Slot {
   float beta[kChunk];
   float T_diagonal[kChunk];  // rk beta
   float M_diagonal[kChunk];  // q k
-  float rk[kChunk];          // 1 / |k|, or 1
-  float rq[kChunk];          // scale / |q|, or scale
+  float norm_k[kChunk];      // 1 / |k| and 1 / |q| where they are multiplied in first
+  float norm_q[kChunk];
+  float rk[kChunk];  // 1 / |k|, or 1
+  float rq[kChunk];  // scale / |q|, or scale
 };
 
 struct Barriers {

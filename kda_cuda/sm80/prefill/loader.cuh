@@ -59,15 +59,14 @@ class Loader {
   template <int ElementBytes, int RowBytes, bool Swizzled>
   __device__ __forceinline__ void load_tile(char* tile, int chunk) const {
     constexpr int kPieces = RowBytes / kPiece;
-    const int lane = ptx::opaque(lane_);  // see Producer::run
-    constexpr int kRows = 32 / kPieces;   // that a warp loads at once
+    constexpr int kRows = 32 / kPieces;  // that a warp loads at once
     const int rows = static_cast<int>(min(w_.tokens - int64_t{chunk} * kChunk, int64_t{kChunk}));
-    const int row = lane / kPieces;
+    const int row = lane_ / kPieces;
     const char* x = piece_ + int64_t{chunk} * kChunk * stride_;
     if ((reinterpret_cast<uintptr_t>(x) | static_cast<uintptr_t>(stride_)) % kPiece == 0) {
       // Every t is a multiple of kRows, a power of two, so that swizzle(row + t) is row ^
       // swizzle(t).
-      const int piece = lane % kPieces ^ (Swizzled ? swizzle<RowBytes / 2>(row) : 0);
+      const int piece = lane_ % kPieces ^ (Swizzled ? swizzle<RowBytes / 2>(row) : 0);
       char* to = tile + row * RowBytes;
       if (rows == kChunk) {
 #pragma unroll
@@ -90,9 +89,9 @@ class Loader {
     } else {
       using Bits = std::conditional_t<ElementBytes == 2, uint16_t, uint32_t>;
       constexpr int kColumns = RowBytes / ElementBytes;
-      x -= row * stride_ + lane % kPieces * kPiece;
+      x -= row * stride_ + lane_ % kPieces * kPiece;
 #pragma unroll 1
-      for (int i = lane; i < kChunk * kColumns; i += 32) {
+      for (int i = lane_; i < kChunk * kColumns; i += 32) {
         const int t = i / kColumns, column = i % kColumns;
         const int at = column * ElementBytes / kPiece;
         char* to = tile + t * RowBytes + (Swizzled ? at ^ swizzle<RowBytes / 2>(t) : at) * kPiece +

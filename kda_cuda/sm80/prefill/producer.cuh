@@ -16,6 +16,8 @@
 // fit the instruction cache is paid for by all (docs/performance.md).
 #pragma once
 
+#include <type_traits>
+
 #include "../../common/element.cuh"
 #include "../../common/gate.cuh"
 #include "../../common/ptx.cuh"
@@ -206,6 +208,9 @@ class Producer {
   static constexpr int kLanes = Lane::kLanes;
   static constexpr int kSpans = Lane::kSpans;
   static constexpr int kSpan = Lane::kSpan;
+  // fp16 has no range to spare for q and k of any size times a decay: their norms come first, not
+  // last.
+  static constexpr bool kNarrow = std::is_same_v<Elem, __half>;
 
  public:
   __device__ Producer(const Problem& p, const Work& w, const Ring& ring, char* smem, int group,
@@ -342,51 +347,70 @@ class Producer {
     }
   }
 
-  // Sums each of the first 2 Half values over the warp; lane l gets the sum of value l / 2.
-  template <int Half>
-  __device__ __forceinline__ float reduce_scatter(float (&x)[16]) const {
-    const bool upper = at_.lane & (2 * Half);
-#pragma unroll
-    for (int i = 0; i < Half; ++i) {
-      const float low = x[i], high = x[i + Half];
-      x[i] = (upper ? high : low) + __shfl_xor_sync(kFullWarp, upper ? low : high, 2 * Half);
-    }
-    if constexpr (Half > 1) {
-      return reduce_scatter<Half / 2>(x);
-    } else {
-      return x[0] + __shfl_xor_sync(kFullWarp, x[0], 1);
-    }
-  }
-
-  // rk, rq and M's diagonal: k k, q q and q k of the warp's four tokens, all twelve sums reduced
-  // together.
-  __device__ __forceinline__ void store_dots(Slot<Cfg>* slot) const {
+  // x_t y_t of the warp's four tokens t; lane 4 i + .. of the warp's first 16 has token i's.
+  __device__ __forceinline__ float dot(const Elem* x, const Elem* y) const {
     constexpr int kTokens = kChunk / kGroupWarps;
-    float sum[16] = {};
+    float sum[kTokens];
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
+      // Which channels a lane takes does not matter, so the swizzle, the same for both tiles, does
+      // not either.
+      const int row = (at_.warp * kTokens + i) * K * 2;
+      sum[i] = 0.f;
 #pragma unroll
       for (int j = 0; j < K / 64; ++j) {
-        // Which channels a lane takes does not matter, so the swizzle, the same for both tiles,
-        // does not either.
-        const int offset = (at_.warp * kTokens + i) * K * 2 + j * 128 + at_.lane * 4;
-        const float2 k = Traits::unpack(
-            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(slot->k) + offset));
-        const float2 q = Traits::unpack(
-            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(slot->q) + offset));
-        sum[i] += k.x * k.x + k.y * k.y;
-        sum[kTokens + i] += q.x * q.x + q.y * q.y;
-        sum[2 * kTokens + i] += q.x * k.x + q.y * k.y;
+        const int offset = row + j * 128 + at_.lane * 4;
+        const float2 a = Traits::unpack(
+            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(x) + offset));
+        const float2 b = Traits::unpack(
+            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(y) + offset));
+        sum[i] += a.x * b.x + a.y * b.y;
       }
     }
-    const float total = reduce_scatter<8>(sum);
-    const int kind = at_.lane / 8;
-    if (kind == 3 || at_.lane % 2 != 0) return;
-    const float norm = p_.l2norm ? rsqrtf(total + 1e-6f) : 1.f;
-    float* to = kind == 0 ? slot->rk : kind == 1 ? slot->rq : slot->M_diagonal;
-    to[at_.warp * kTokens + at_.lane / 2 % kTokens] = kind == 0   ? norm
-                                                      : kind == 1 ? norm * p_.scale
-                                                                  : total;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool upper = at_.lane & 8;
+      const float low = sum[i], high = sum[i + 2];
+      sum[i] = (upper ? high : low) + __shfl_xor_sync(kFullWarp, upper ? low : high, 8);
+    }
+    const bool upper = at_.lane & 4;
+    float total =
+        (upper ? sum[1] : sum[0]) + __shfl_xor_sync(kFullWarp, upper ? sum[0] : sum[1], 4);
+    total += __shfl_xor_sync(kFullWarp, total, 16);
+    total += __shfl_xor_sync(kFullWarp, total, 2);
+    total += __shfl_xor_sync(kFullWarp, total, 1);
+    return total;
+  }
+
+  __device__ __forceinline__ void store_dots(Slot<Cfg>* slot) const {
+    float qk = dot(slot->q, slot->k);
+    float rk = 1.f, rq = 1.f;
+    if (p_.l2norm) {
+      rk = rsqrtf(dot(slot->k, slot->k) + 1e-6f);
+      rq = rsqrtf(dot(slot->q, slot->q) + 1e-6f);
+    }
+    if (at_.lane >= 16 || at_.lane % 4 != 0) return;
+    const int t = at_.warp * (kChunk / kGroupWarps) + at_.lane / 4;
+    if constexpr (kNarrow) {
+      slot->norm_k[t] = rk;
+      slot->norm_q[t] = rq;
+      qk *= rk * rq;
+      rk = rq = 1.f;
+    }
+    slot->M_diagonal[t] = qk;
+    slot->rk[t] = rk;
+    slot->rq[t] = p_.scale * rq;
+  }
+
+  // The lane's own channels of k and q over their norms, in place.
+  __device__ __forceinline__ void normalise(Slot<Cfg>* slot) const {
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      const float rk = slot->norm_k[at_.span * kSpan + i];
+      const float rq = slot->norm_q[at_.span * kSpan + i];
+      *at_.at(slot->k, i) = Lane::scaled(*at_.at(slot->k, i), rk, rk);
+      *at_.at(slot->q, i) = Lane::scaled(*at_.at(slot->q, i), rq, rq);
+    }
   }
 
   // The bits of token lane's beta, for the warp that stores it. Nothing waits for them before
@@ -532,6 +556,9 @@ class Producer {
 
     // From here on the places of k, q and g may be written.
     steep = ptx::barrier_any(1 + at_.group, kGroupThreads, steep);
+    if constexpr (kNarrow) {
+      if (p_.l2norm) normalise(slot);
+    }
     float d[4];
     if (steep) {
       Steep<Cfg> copy;
