@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import accuracy
 import pytest
+import torch
 from gpu_checks import DEVICE, assert_right
 from kda_bench import contenders
 from kda_bench.regimes import REGIMES, make_problem
@@ -26,3 +27,16 @@ def test_no_larger_than_flas(flashkda, regime, seqlens):
     functions = {"this": flashkda.chunk_kda, "fla": fla.load().chunk_kda}
     row = accuracy.measure(regime, seqlens, functions, seed=11)
     assert accuracy.no_larger(row), row
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("regime", ["bounded, usual", "bounded, slow", "given, to -1000"])
+def test_small_activations(flashkda, dtype, regime):
+    """What a model's short convolutions give: q and k far below 1, which only their norms bring back."""
+    seqlens = (150, 33)
+    problem = make_problem(regime, seqlens, 4, DEVICE, seed=7)
+    for name, size in (("q", 1e-3), ("k", 2e-3), ("v", 1e-2)):
+        problem.arguments[name] = (problem.arguments[name].float() * size).to(dtype)
+    problem.arguments["beta"] = problem.arguments["beta"].to(dtype)
+    o, state = flashkda.chunk_kda(**problem.arguments)
+    assert_right(problem, seqlens, o, state)
