@@ -195,8 +195,7 @@ class Chain {
     mma<Elem>(o[0], u, bM[0], bM[1]);
     mma<Elem>(o[1], u, bM[2], bM[3]);
     store_output(o, slot, to, left);
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(&barriers->empty[at.slot]);
+    ptx::mbarrier_arrive(&barriers->empty[at.slot]);
   }
 
   // O goes through the warp's own columns of v's tile, which it has read, so that it leaves in rows
@@ -204,6 +203,7 @@ class Chain {
   __device__ __forceinline__ void store_output(const float (&o)[2][4], Slot<Cfg>* slot, Elem* to,
                                                int64_t left) const {
     char* tile = reinterpret_cast<char*>(slot->v);
+    __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float2 rq = *reinterpret_cast<const float2*>(slot->rq + half * 8 + (lane_ % 4) * 2);

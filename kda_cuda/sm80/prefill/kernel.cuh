@@ -31,10 +31,12 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const Work w = find_work<Cfg>(p, &barriers->sequence);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
+  // Every thread arrives for itself. One of a warp would do, and is no faster; but it is threads
+  // that racecheck follows.
   if (threadIdx.x < ring.slots) {
     ptx::mbarrier_init(&barriers->raw[threadIdx.x], 2 * kGroupThreads);  // cp.async and stores
-    ptx::mbarrier_init(&barriers->full[threadIdx.x], 1);
-    ptx::mbarrier_init(&barriers->empty[threadIdx.x], Cfg::kChainWarps);
+    ptx::mbarrier_init(&barriers->full[threadIdx.x], kGroupThreads);
+    ptx::mbarrier_init(&barriers->empty[threadIdx.x], 32 * Cfg::kChainWarps);
   }
   __syncthreads();
 

@@ -581,11 +581,8 @@ class Producer {
     store_products(slot, d);
     at_.sync();
     // The warps take turns, and the other three go on to the next chunk.
-    if (at_.warp == turn) {
-      invert(slot);
-      __syncwarp();
-      if (at_.lane == 0) ptx::mbarrier_arrive(&barriers->full[position.slot]);
-    }
+    if (at_.warp == turn) invert(slot);
+    ptx::mbarrier_arrive(&barriers->full[position.slot]);
   }
 
   Loader<Cfg> loader_;
