@@ -53,7 +53,8 @@ class Finished:
 def python(code: str, *options: str, **environment: object) -> Finished:
     """Runs `code` with tests/ on its path and no setting of the Hub's but those given."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FORGOTTEN)}
-    kept |= {"PYTHONPATH": str(TESTS), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    kept |= {"PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
     kept |= {name: str(value) for name, value in environment.items()}
     done = subprocess.run(
         [sys.executable, *options, "-c", code],

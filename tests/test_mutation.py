@@ -47,9 +47,9 @@ MUTATIONS = {
         "softplus",
         ("log_decay", (".reshape(HV, 1).exp()", ".reshape(HV, 1)")),
     ),
-    "softplus as torch has it, linear above 3": (
+    "softplus as torch has it, linear above 1": (
         "softplus",
-        ("log_decay", ("torch.logaddexp(x, torch.zeros_like(x))", "F.softplus(x, threshold=3)")),
+        ("log_decay", ("torch.logaddexp(x, torch.zeros_like(x))", "F.softplus(x, threshold=1)")),
     ),
     "bounded gate with the rate outside": (
         "bounded",
@@ -173,6 +173,8 @@ CALLS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_noticed(flashkda, device, name, function):
     kind, change = MUTATIONS[name]
+    if kind == "slow" and device != "cpu":
+        pytest.skip("products of bf16 operands do not resolve a decay of 1e-4 over 40 tokens")
     call = make(1, **{"T": 40, "HV": 4, **CALLS[kind]}, device=device)
     o, final_state = getattr(flashkda, function)(**call)
     assert_matches(call, o, final_state, expected(flashkda, call))

@@ -1,4 +1,4 @@
-"""Gradients on CPU: gradcheck in float64, and fp32 and bf16 against float64 autograd of the recurrence."""
+"""Gradients: gradcheck in float64, and fp32 and bf16 against float64 autograd of the recurrence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def loss(o: torch.Tensor, final_state: torch.Tensor) -> torch.Tensor:
     r = torch.Generator().manual_seed(5)
 
     def weigh(x):
-        return (x.double() * torch.randn(x.shape, generator=r).bfloat16().double()).sum()
+        weights = torch.randn(x.shape, generator=r).bfloat16().double()
+        return (x.double() * weights.to(x.device)).sum()
 
     return weigh(o) + weigh(final_state)
 
@@ -209,12 +210,12 @@ def test_no_token(flashkda):
 
 
 @pytest.mark.gpu
-def test_no_backward_on_cuda_yet(flashkda):
-    """A sentence, and the forward before it is right."""
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("lengths", [None, (20, 0, 1, 45)])
+def test_on_cuda(flashkda, gate, lengths):
+    """The reference computes them there as well, on the caller's stream."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
-    call = make(12, T=9, device="cuda")
-    leaves(call)
-    o, _ = flashkda.chunk_kda(**call)
-    with pytest.raises(NotImplementedError, match="q is on cuda:0 .* no CUDA backward"):
-        o.sum().backward()
+    call = make(12, T=70, lengths=lengths, gate=gate, dtype=BF16, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        check_gradients(flashkda, flashkda.chunk_kda, call)

@@ -1,9 +1,13 @@
-"""Gradients on CPU: the reference's chunk form, recomputed and differentiated piece by piece."""
+"""Gradients: the reference's chunk form, recomputed and differentiated piece by piece.
+
+The same on every device. On a GPU it is exact and slow, and reads cu_seqlens on the host.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -81,10 +85,16 @@ def _gradients(inputs: dict[str, Tensor], how: dict, do: Tensor, dS: Tensor) -> 
 
 def _in_fresh_thread(function, *args):
     """An op runs with autograd off and its caller's dispatch modes on, but in its own thread
-    only.
+    only. Streams are a thread's own, too.
     """
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+    def on_the_callers_stream():
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            return function(*args)
+
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(function, *args).result()
+        return thread.submit(on_the_callers_stream).result()
 
 
 def _pieces(

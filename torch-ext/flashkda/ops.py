@@ -123,11 +123,6 @@ def chunk_kda_bwd(
     scale, gate, lower_bound, beta_mode, l2norm, state_v_first,
 ):  # fmt: skip
     """Gradients of the tensors in `_DIFFERENTIABLE`; that of an absent one is empty."""
-    if q.device.type != "cpu":
-        raise NotImplementedError(
-            f"flashkda: q is on {q.device} and needs a gradient, but no CUDA backward is compiled "
-            "in yet; train on CPU tensors, or call under torch.no_grad()."
-        )
     grads = chunk_gradients(
         do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens,
         scale=scale, gate=gate, lower_bound=lower_bound, beta_mode=beta_mode, l2norm=l2norm,
