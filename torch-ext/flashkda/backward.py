@@ -1,13 +1,9 @@
-"""Gradients: the reference's chunk form, recomputed and differentiated piece by piece.
-
-The same on every device. On a GPU it is exact and slow, and reads cu_seqlens on the host.
-"""
+"""Gradients on CPU: the reference's chunk form, recomputed and differentiated piece by piece."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -85,16 +81,10 @@ def _gradients(inputs: dict[str, Tensor], how: dict, do: Tensor, dS: Tensor) -> 
 
 def _in_fresh_thread(function, *args):
     """An op runs with autograd off and its caller's dispatch modes on, but in its own thread
-    only. Streams are a thread's own, too.
+    only.
     """
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
-
-    def on_the_callers_stream():
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            return function(*args)
-
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(on_the_callers_stream).result()
+        return thread.submit(function, *args).result()
 
 
 def _pieces(

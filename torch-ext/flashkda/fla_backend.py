@@ -149,7 +149,7 @@ def _verdict(check, call: dict) -> tuple[bool, str | None]:
         if checked.gradient:
             return (
                 False,
-                "its own gradients are faster: here the reference computes those of CUDA tensors",
+                "gradients of CUDA tensors are computed on the CPU here",
             )
         if torch.cuda.get_device_capability(q.device) < OLDEST_CAPABILITY:
             return False, "the GPU is older than compute capability 8.0"

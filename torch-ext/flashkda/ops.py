@@ -122,13 +122,20 @@ def chunk_kda_bwd(
     do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens,
     scale, gate, lower_bound, beta_mode, l2norm, state_v_first,
 ):  # fmt: skip
-    """Gradients of the tensors in `_DIFFERENTIABLE`; that of an absent one is empty."""
+    """Gradients of the tensors in `_DIFFERENTIABLE`; that of an absent one is empty.
+
+    Those of CUDA tensors are computed on the CPU as well: the reference differentiates in a thread
+    of its own, and autograd's one thread a GPU, which waits here, could not serve it.
+    """
+    tensors = (do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens)
     grads = chunk_gradients(
-        do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens,
+        *(None if x is None else x.cpu() for x in tensors),
         scale=scale, gate=gate, lower_bound=lower_bound, beta_mode=beta_mode, l2norm=l2norm,
         state_v_first=state_v_first,
     )  # fmt: skip
-    return tuple(grads[name] if name in grads else q.new_empty(0) for name in _DIFFERENTIABLE)
+    return tuple(
+        grads[name].to(q.device) if name in grads else q.new_empty(0) for name in _DIFFERENTIABLE
+    )
 
 
 @chunk_kda_bwd.register_fake
