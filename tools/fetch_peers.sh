@@ -2,7 +2,7 @@
 # Download into .whl what a GPU machine with Python 3.12, torch, triton and matplotlib lacks for the
 # tests and benchmarks: the Hub client and the peers of requirements-bench.txt.
 # `tools/fetch_peers.sh cli` brings sigstore too, which `kernels benchmark` imports.
-# tools/gpu_session.sh installs them there.
+# tools/on_gpu.sh installs them there.
 set -eu
 cd "$(dirname "$0")/.."
 PLATFORMS=()

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU and no network: `tools/gpu_session.sh tests compare ...`
+# One command for a machine with a GPU and no network: `tools/on_gpu.sh tests compare ...`
 #
 #   parts    tests accuracy compare decode overhead sanitize demo (the default)
 #            quick (a short compare), bench (`kernels benchmark`)
-#   OUT      where session.tgz (logs and results) and fla-autotune.tgz go (default /tmp/out)
+#   OUT      where results.tgz (logs and results) and fla-autotune.tgz go (default /tmp/out)
 #   LIMIT    seconds for all parts together (default 560); the part that meets it is cut short
 #   COMPARE_ARGS   more for benchmarks/compare.py, such as "--contender this flashkda-upstream"
 #   FLASHKDA_COMMIT   the commit under test, where the tree came without its history
@@ -39,7 +39,7 @@ ENDED=()
 
 # A machine may send back few files, and may be taken away: all travels as one, after every part.
 pack() {
-  tar -czf "$OUT/session.tgz" -C "$RESULTS" .
+  tar -czf "$OUT/results.tgz" -C "$RESULTS" .
   [ ! -e "$TRITON_CACHE" ] || (cd "$TRITON_CACHE" && find . -name '*.autotune.json' -print0 |
     tar -czf "$OUT/fla-autotune.tgz" --null -T -)
 }
@@ -64,7 +64,7 @@ nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader
 for name in "${PARTS[@]}"; do
   case $name in
     # Several processes: the float64 references of tests/ run on the CPU.
-    tests) OMP_NUM_THREADS=2 part tests 420 python3 -m pytest -q -n 6 -m gpu --durations=10 \
+    tests) OMP_NUM_THREADS=2 part tests 240 python3 -m pytest -q -n 6 -m gpu --durations=10 \
       --continue-on-collection-errors --timeout 200 tests ;;
     accuracy) part accuracy 200 python3 benchmarks/accuracy.py --out "$RESULTS" ;;
     compare) part compare 560 python3 benchmarks/compare.py --out "$RESULTS" ${COMPARE_ARGS:-} ;;
