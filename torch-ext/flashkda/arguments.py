@@ -1,10 +1,11 @@
 """Every argument check, for all devices, in one place.
 
-A check costs a fraction of a microsecond and never reads what is in a tensor: values on a device
-(cu_seqlens, state indices) belong to the kernels. Errors are raised before anything is launched or
-written. `TypeError` is about types and dtypes, `ValueError` about shapes, strides, devices, ranges
-and combinations, `NotImplementedError` about what this package, or this build of it, does not
-serve.
+The checks of a call cost a few microseconds, nearly all of them spent asking tensors what they are:
+hence few questions, and the cheap ones (`is_cpu` for `device.type`, `stride()[3]` for `stride(3)`).
+What is in a tensor is never read: values on a device (cu_seqlens, state indices) belong to the
+kernels. Errors are raised before anything is launched or written. `TypeError` is about types and
+dtypes, `ValueError` about shapes, strides, devices, ranges and combinations, `NotImplementedError`
+about what this package, or this build of it, does not serve.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _INDEX = (torch.int32, torch.int64)
 
 LOWEST_BOUND = -5.0
 CUDA_HEAD_DIMS = (64, 128)
+_CUDA = "cuda" in DEVICE_TYPES
 
 
 class Call(NamedTuple):
@@ -124,13 +126,14 @@ def _check_shared(
             state_v_first=state_v_first,
         )
     _check_tokens(q, k, v, g, beta)
-    scale = _check_scale(scale, q.shape[3])
+    B, _, HV, K = g.shape
+    scale = K**-0.5 if scale is None else _check_scale(scale)
     gate, bound, A_log, dt_bias = _check_gate(
-        q, g, use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias
+        q, HV, K, use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias
     )
     beta_mode = _check_beta_mode(use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    N = q.shape[0] if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, q)
-    if q.device.type != "cpu":
+    N = B if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, q)
+    if not q.is_cpu:
         q, k = _with_unit_stride(q), _with_unit_stride(k)
         v, g = _with_unit_stride(v), _with_unit_stride(g)
     how = (scale, gate, bound, beta_mode, use_qk_l2norm_in_kernel, state_v_first)
@@ -147,21 +150,22 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> N
         and isinstance(beta, Tensor)
     ):
         _raise_not_a_tensor(q=q, k=k, v=v, g=g, beta=beta)
-    device = q.device
-    if device.type not in DEVICE_TYPES:
+    device, on_cpu = q.device, q.is_cpu
+    if not (on_cpu or (q.is_cuda and _CUDA)):
         _raise_device_not_served(device)
     if not (k.device == device == v.device and g.device == device == beta.device):
         _raise_other_device(device, k=k, v=v, g=g, beta=beta)
 
-    if q.dim() != 4:
+    shape, v_shape = q.shape, v.shape
+    if len(shape) != 4:
         _raise_shape("q", q, "4 dimensions, [B, T, H, K]")
-    if v.dim() != 4:
+    if len(v_shape) != 4:
         _raise_shape("v", v, "4 dimensions, [B, T, HV, V]")
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    if k.shape != q.shape:
-        _raise_shape("k", k, f"q's shape, {list(q.shape)}")
-    if v.shape[0] != B or v.shape[1] != T:
+    B, T, H, K = shape
+    v_B, v_T, HV, V = v_shape
+    if k.shape != shape:
+        _raise_shape("k", k, f"q's shape, {list(shape)}")
+    if v_B != B or v_T != T:
         _raise_shape("v", v, f"shape [B, T, HV, V] with q's B = {B} and T = {T}")
     if H < 1 or K < 1:
         _raise_shape("q", q, "at least one head and one channel in [B, T, H, K]")
@@ -174,19 +178,19 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> N
     if beta.shape != (B, T, HV):
         _raise_shape("beta", beta, f"shape [B, T, HV] = {[B, T, HV]}")
 
-    dtype = q.dtype
-    if dtype not in _HALF and (device.type != "cpu" or dtype not in _CPU_ONLY):
-        _raise_dtype("q", q, _HALF if device.type != "cpu" else _HALF + _CPU_ONLY)
+    dtype, g_dtype, beta_dtype = q.dtype, g.dtype, beta.dtype
+    if dtype not in _HALF and not (on_cpu and dtype in _CPU_ONLY):
+        _raise_dtype("q", q, _HALF + _CPU_ONLY if on_cpu else _HALF)
     if k.dtype != dtype:
         _raise_dtype("k", k, (dtype,), " as q")
     if v.dtype != dtype:
         _raise_dtype("v", v, (dtype,), " as q")
-    if g.dtype not in _GATE and (g.dtype != torch.float64 or dtype != torch.float64):
+    if g_dtype not in _GATE and (g_dtype != torch.float64 or dtype != torch.float64):
         _raise_dtype("g", g, _GATE)
-    if beta.dtype != dtype and beta.dtype != torch.float32:
+    if beta_dtype != dtype and beta_dtype != torch.float32:
         _raise_dtype("beta", beta, (dtype, torch.float32), " as q or fp32")
 
-    if device.type == "cuda":
+    if not on_cpu:
         if K not in CUDA_HEAD_DIMS:
             _raise_shape(
                 "q", q, f"K, the last of [B, T, H, K], of {_either(CUDA_HEAD_DIMS)} on CUDA"
@@ -197,10 +201,7 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> N
             )
 
 
-def _check_scale(scale: float | None, K: int) -> float:
-    """The scale to use: K**-0.5 unless given."""
-    if scale is None:
-        return K**-0.5
+def _check_scale(scale: float) -> float:
     if not _is_number(scale):
         raise TypeError(
             f"flashkda: scale is {_describe(scale)}, but must be a Python number or None "
@@ -213,7 +214,8 @@ def _check_scale(scale: float | None, K: int) -> float:
 
 def _check_gate(
     q: Tensor,
-    g: Tensor,
+    HV: int,
+    K: int,
     use_gate_in_kernel: bool,
     safe_gate: bool,
     lower_bound: float | None,
@@ -248,7 +250,6 @@ def _check_gate(
                 "flashkda: A_log is None, but must be a tensor of HV elements with "
                 "use_gate_in_kernel=True (it may be None only together with lower_bound)."
             )
-    HV, K = g.shape[2], g.shape[3]
     if A_log is not None:
         A_log = _gate_weight("A_log", A_log, q, HV, "HV")
     if dt_bias is not None:
@@ -261,7 +262,8 @@ def _check_gate(
 def _gate_weight(name: str, x: Tensor, q: Tensor, size: int, meaning: str) -> Tensor:
     if not isinstance(x, Tensor):
         _raise_not_a_tensor(**{name: x})
-    if x.dtype != torch.float32 and (x.dtype != torch.float64 or q.dtype != torch.float64):
+    dtype = x.dtype
+    if dtype != torch.float32 and (dtype != torch.float64 or q.dtype != torch.float64):
         _raise_dtype(name, x, (torch.float32,))
     if x.device != q.device:
         _raise_other_device(q.device, **{name: x})
@@ -284,7 +286,8 @@ def _check_beta_mode(use_beta_sigmoid_in_kernel: bool, allow_neg_eigval: bool) -
 def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> int:
     """The number N of sequences that cu_seqlens [N + 1] packs into one row."""
     _check_index("cu_seqlens", cu_seqlens, q)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+    shape = cu_seqlens.shape
+    if len(shape) != 1 or shape[0] < 2:
         _raise_shape("cu_seqlens", cu_seqlens, "shape [N + 1] with N of at least 1")
     _check_contiguous("cu_seqlens", cu_seqlens)
     if q.shape[0] != 1:
@@ -292,7 +295,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> int:
             f"flashkda: q has B = {q.shape[0]}, but must have B = 1 with cu_seqlens: "
             "lay the sequences one after the other in one row."
         )
-    return cu_seqlens.shape[0] - 1
+    return shape[0] - 1
 
 
 def _check_initial_state(
@@ -300,7 +303,9 @@ def _check_initial_state(
 ) -> Tensor:
     """The initial state with contiguous rows, copied only where they are not."""
     _check_state("initial_state", initial_state, q, v, N, state_v_first)
-    return initial_state if _rows_contiguous(initial_state) else initial_state.contiguous()
+    if initial_state.is_contiguous() or _rows_contiguous(initial_state):
+        return initial_state
+    return initial_state.contiguous()
 
 
 def check_state_buffer(
@@ -308,6 +313,8 @@ def check_state_buffer(
 ) -> None:
     """A state that is written to; N None: any number of rows."""
     _check_state(name, state, q, v, N, state_v_first)
+    if state.is_contiguous():
+        return
     if not _rows_contiguous(state):
         raise ValueError(
             f"flashkda: {name} has strides {list(state.stride())}, but must be contiguous in its "
@@ -328,20 +335,20 @@ def check_same_dtype(initial_state: Tensor | None, final_state: Tensor) -> None:
 def _check_state(name, state, q, v, N, state_v_first) -> None:
     if not isinstance(state, Tensor):
         _raise_not_a_tensor(**{name: state})
-    if state.dtype not in _STATE and (state.dtype != torch.float64 or q.dtype != torch.float64):
+    dtype = state.dtype
+    if dtype not in _STATE and (dtype != torch.float64 or q.dtype != torch.float64):
         _raise_dtype(name, state, _STATE)
     if state.device != q.device:
         _raise_other_device(q.device, **{name: state})
-    rows = N if N is not None or state.dim() != 4 else state.shape[0]
-    if state.shape != final_state_shape(q, v, rows, state_v_first):
+    shape = state.shape
+    rows = N if N is not None or len(shape) != 4 else shape[0]
+    if shape != final_state_shape(q, v, rows, state_v_first):
         letters = "[N, HV, V, K]" if state_v_first else "[N, HV, K, V]"
         takes = list(final_state_shape(q, v, "any" if N is None else N, state_v_first))
         _raise_shape(name, state, f"shape {letters} = {takes} with state_v_first={state_v_first}")
 
 
 def _rows_contiguous(state: Tensor) -> bool:
-    if state.is_contiguous():
-        return True
     D1, D2 = state.shape[2:]
     return state.stride()[1:] == (D1 * D2, D2, 1)
 
@@ -478,7 +485,7 @@ def resolve_state_layout(state_v_first: bool, transpose_state_layout: bool | Non
 
 def _with_unit_stride(x: Tensor) -> Tensor:
     """x as a GPU's kernels can follow it: copied only if its last dimension has not stride 1."""
-    return x if x.stride(3) == 1 else x.contiguous()
+    return x if x.stride()[3] == 1 else x.contiguous()
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

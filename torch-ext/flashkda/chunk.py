@@ -102,7 +102,7 @@ def chunk_kda(
     )  # fmt: skip
     if call.gradient or q.dtype == torch.float64:
         return ops.functional(call, cu_seqlens, out, output_final_state)
-    o = v.new_empty(v.shape) if out is None else out
+    o = ops.new_output(v) if out is None else out
     final_state = ops.new_final_state(call, q, v) if output_final_state else None
     ops.chunk_kda_fwd(*call.inputs, call.initial_state, cu_seqlens, o, final_state, *call.how)
     return o, final_state

@@ -51,7 +51,8 @@ _INPUTS = """(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log
 
 def final_state_shape(q: Tensor, v: Tensor, N: int, state_v_first: bool) -> tuple[int, ...]:
     """[N, HV, K, V], or [N, HV, V, K] with `state_v_first`."""
-    K, HV, V = q.shape[3], v.shape[2], v.shape[3]
+    K = q.shape[3]
+    _, _, HV, V = v.shape
     return (N, HV, V, K) if state_v_first else (N, HV, K, V)
 
 
@@ -60,6 +61,11 @@ def _final_state_dtype(q: Tensor, initial_state: Tensor | None) -> torch.dtype:
     if initial_state is not None:
         return initial_state.dtype
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def new_output(v: Tensor) -> Tensor:
+    """An uninitialised o. `empty_like` takes half the time of `new_empty`."""
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
 def new_final_state(call, q: Tensor, v: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ def _new_outputs(q, v, initial_state, cu_seqlens, state_v_first) -> tuple[Tensor
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = final_state_shape(q, v, N, state_v_first)
     dtype = _final_state_dtype(q, initial_state)
-    return v.new_empty(v.shape), q.new_empty(shape, dtype=dtype)
+    return new_output(v), q.new_empty(shape, dtype=dtype)
 
 
 @torch.library.custom_op(

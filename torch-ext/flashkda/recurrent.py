@@ -75,7 +75,7 @@ def fused_recurrent_kda(
     )  # fmt: skip
     if call.gradient or q.dtype == torch.float64:
         return ops.functional(call, cu_seqlens, out, output_final_state)
-    o = v.new_empty(v.shape) if out is None else out
+    o = ops.new_output(v) if out is None else out
     if inplace_final_state:
         ops.recurrent_kda_pool_fwd(
             *call.inputs,
