@@ -25,7 +25,6 @@ struct ElementTraits<__nv_bfloat16> {
   static __device__ __forceinline__ __nv_bfloat16 from_float(float x) {
     return __float2bfloat16_rn(x);
   }
-  static __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 };
 
 template <>
@@ -40,7 +39,6 @@ struct ElementTraits<__half> {
     return __half22float2(reinterpret_cast<__half2&>(x));
   }
   static __device__ __forceinline__ __half from_float(float x) { return __float2half_rn(x); }
-  static __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 };
 
 // d += a b for a 16x16 fragment a and a 16x8 fragment b.

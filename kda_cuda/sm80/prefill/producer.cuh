@@ -10,7 +10,8 @@
 //   k_tilde_t = k_t e_{t+1} .. e_C      decay   = e_1 .. e_C
 //
 // are products of numbers <= 1: they underflow only where they are nothing. The norms of k and q
-// are kept apart as rk and rq and multiplied in where they cost least.
+// are kept apart as rk and rq and multiplied in where they cost least, but for fp16, where they
+// come first. The diagonals of M and T, which weigh most, are kept apart in fp32.
 //
 // The code is kept small on purpose: producers are at different places at a time, and what does not
 // fit the instruction cache is paid for by all (docs/performance.md).
