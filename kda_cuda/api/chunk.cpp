@@ -1,5 +1,8 @@
 // The prefill op on tensors, and the one place that chooses its kernel.
+#include <cstdlib>
+
 #include "../sm80/prefill/prefill.h"
+#include "../sm90/prefill/prefill.h"
 #include "convert.h"
 #include "device.h"
 #include "kda_api.h"
@@ -7,7 +10,17 @@
 namespace flashkda::cuda {
 namespace {
 
+// FLASHKDA_PORTABLE=1 leaves the choice to the kernel that runs everywhere: for tests, and for who
+// looks for the cause of a difference.
+bool wants_portable() {
+  const char* value = std::getenv("FLASHKDA_PORTABLE");
+  return value != nullptr && value[0] == '1';
+}
+
 cudaError_t dispatch(const Problem& p, const Target& target, cudaStream_t stream) {
+  if (sm90::prefill::serves(p, target) && !wants_portable()) {
+    return sm90::prefill::launch(p, target, stream);
+  }
   return sm80::prefill::launch(p, target, stream);
 }
 

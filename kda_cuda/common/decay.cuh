@@ -1,0 +1,59 @@
+// exp(g) of a gate's input, as prefill needs it: the decay itself and never its logarithm, so that
+// running products of decays replace exponentials of sums. The approximate instructions keep fp32's
+// relative accuracy where the result is not nothing.
+#pragma once
+
+#include "params.h"
+#include "ptx.cuh"
+
+namespace flashkda::cuda {
+
+// A head's constants; log2 e is folded in.
+struct DecayParams {
+  float slope;   // of the gate's input, inside the activation
+  float factor;  // of the activation
+};
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+__device__ __forceinline__ DecayParams load_decay_params(const Problem& p, int hv) {
+  const float exp_A = p.A_log == nullptr ? 1.f : ptx::ex2(kLog2E * __ldg(p.A_log + hv));
+  switch (p.gate) {
+    case Gate::kBounded:
+      return {-kLog2E * exp_A, 1.f / (kLog2E * p.lower_bound)};
+    case Gate::kSoftplus:
+      return {kLog2E, -exp_A};
+    default:
+      return {kLog2E, 1.f};
+  }
+}
+
+// dt_bias of a channel, times the slope.
+__device__ __forceinline__ float load_shift(const Problem& p, const DecayParams& params, int hv,
+                                            int channel) {
+  if (p.dt_bias == nullptr) return 0.f;
+  return params.slope * __ldg(p.dt_bias + static_cast<int64_t>(hv) * p.K + channel);
+}
+
+// log2(1 + 2^y), to fp32's relative accuracy for small results too.
+__device__ __forceinline__ float log2_one_plus_exp2(float y) {
+  const float u = ptx::ex2(y);
+  const float series = kLog2E * u * (1.f - u * (0.5f - u * (1.f / 3.f)));
+  const float log = ptx::lg2(1.f + u);
+  return y > 29.f ? y : (u < 0.0078125f ? series : log);
+}
+
+template <Gate kGate>
+__device__ __forceinline__ float decay_of(float x, const DecayParams& params, float shift) {
+  const float y = params.slope * x + shift;
+  if constexpr (kGate == Gate::kBounded) {
+    // 2^(1 / (factor (1 + 2^y)))
+    return ptx::ex2(ptx::rcp(ptx::ex2(y) * params.factor + params.factor));
+  } else if constexpr (kGate == Gate::kSoftplus) {
+    return ptx::ex2(params.factor * log2_one_plus_exp2(y));
+  } else {
+    return ptx::ex2(y);
+  }
+}
+
+}  // namespace flashkda::cuda

@@ -1,0 +1,270 @@
+// The chain warpgroups: they carry the state through the chunks. A warpgroup owns 64 value columns
+// and keeps their state transposed, S^T [V, K], in wgmma's accumulators, where it is at once, rounded,
+// the left operand of the next chunk's product; nothing of the chain passes through shared memory
+// and the warpgroups never wait for each other.
+//
+//   X = V - diag(rk) k_bar S    U = T X    O = diag(rq) (q_bar S + M U)
+//   S = diag(decay) S + k_tilde^T U
+//
+// all transposed. The products with S and k_tilde are wgmma's, those with T and M, of 16 x 16, are
+// a warp's own. The diagonals of T and M multiply in fp32, unrounded.
+#pragma once
+
+#include <cute/arch/copy_sm90.hpp>
+
+#include "../../common/element.cuh"
+#include "../ptx.cuh"
+#include "shared.cuh"
+#include "tile.cuh"
+#include "work.cuh"
+
+namespace flashkda::cuda::sm90::prefill {
+
+template <class Cfg>
+class Chain {
+  using Elem = __nv_bfloat16;
+  using Traits = ElementTraits<Elem>;
+  using Major = cute::SM90::GMMA::Major;
+  static constexpr int kTiles = kChannels / 8;  // of the accumulator: eight channels each
+
+ public:
+  __device__ Chain(const Problem& p, const Work& w, Shared<Cfg>& s, int warp, int lane)
+      : p_(p), w_(w), s_(s), lane_(lane), warp_(warp) {}
+
+  __device__ void run() {
+    float S[kTiles][4];
+    load_state(S);
+    Cursor<kSlots> slot(0);
+    Cursor<kValues> values(0);
+    Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
+              (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + warp_ * 16 +
+              lane_ % 2 * (kPiece / sizeof(Elem));
+    // The compiler has to see that a warpgroup's threads walk together.
+    const int chunks = __shfl_sync(~0u, w_.chunks, 0);
+    int64_t left = w_.tokens;
+#pragma unroll 1
+    for (int c = 0; c < chunks; ++c, left -= kChunk) {
+      step(S, slot, values, o, left);
+      slot.advance(1);
+      values.advance(1);
+      o += kChunk * p_.o.stride_t;
+    }
+    if (p_.final_state.ptr != nullptr) store_state(S);
+  }
+
+ private:
+  // Where an element of the accumulator lies in a state tensor.
+  __device__ __forceinline__ int64_t state_offset(const StateTensor& x, int n, int i) const {
+    const int v = w_.v0 + warp_ * 16 + lane_ / 4 + (i / 2) * 8;
+    const int k = n * 8 + (lane_ % 4) * 2 + (i & 1);
+    return w_.n * x.stride_n + int64_t{w_.hv} * kChannels * p_.V +
+           (p_.state_v_first ? v * kChannels + k : k * p_.V + v);
+  }
+
+  __device__ __forceinline__ void load_state(float (&S)[kTiles][4]) const {
+    const StateTensor& x = p_.initial_state;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (x.ptr == nullptr) {
+          S[n][i] = 0.f;
+        } else if (x.dtype == DType::kF32) {
+          S[n][i] = static_cast<const float*>(x.ptr)[state_offset(x, n, i)];
+        } else {
+          S[n][i] =
+              __bfloat162float(static_cast<const __nv_bfloat16*>(x.ptr)[state_offset(x, n, i)]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_state(const float (&S)[kTiles][4]) const {
+    const StateTensor& x = p_.final_state;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (x.dtype == DType::kF32) {
+          static_cast<float*>(x.ptr)[state_offset(x, n, i)] = S[n][i];
+        } else {
+          static_cast<__nv_bfloat16*>(x.ptr)[state_offset(x, n, i)] = __float2bfloat16_rn(S[n][i]);
+        }
+      }
+    }
+  }
+
+  // Two neighbouring accumulator tiles, 16 x 16, as the left operand of the next product.
+  static __device__ __forceinline__ void to_operand(uint32_t (&a)[4], const float (&left)[4],
+                                                    const float (&right)[4]) {
+    a[0] = Traits::pack(left[0], left[1]);
+    a[1] = Traits::pack(left[2], left[3]);
+    a[2] = Traits::pack(right[0], right[1]);
+    a[3] = Traits::pack(right[2], right[3]);
+  }
+
+  // d = S^T [k_bar; q_bar]^T: tiles 0, 1 are k_bar S, tiles 2, 3 q_bar S.
+  static __device__ __forceinline__ void start_state_product(float (&d)[4][4],
+                                                             const float (&S)[kTiles][4],
+                                                             const Factors& f) {
+    using Product = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
+    uint32_t a[kTiles / 2][4];
+#pragma unroll
+    for (int kk = 0; kk < kTiles / 2; ++kk) to_operand(a[kk], S[2 * kk], S[2 * kk + 1]);
+    const uint64_t bars = make_descriptor(f.bars, kPiece);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int kk = 0; kk < kTiles / 2; ++kk) {
+      constexpr int kHalfBytes = sizeof(f.bars[0]);
+      const uint64_t b = bars + (kk / 4 * kHalfBytes + kk % 4 * 32) / kPiece;
+      Product::fma(a[kk][0], a[kk][1], a[kk][2], a[kk][3], b, d[0][0], d[0][1], d[0][2], d[0][3],
+                   d[1][0], d[1][1], d[1][2], d[1][3], d[2][0], d[2][1], d[2][2], d[2][3], d[3][0],
+                   d[3][1], d[3][2], d[3][3],
+                   kk == 0 ? cute::SM90::GMMA::ScaleOut::Zero : cute::SM90::GMMA::ScaleOut::One);
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  // S^T += U^T k_tilde.
+  static __device__ __forceinline__ void start_update(float (&S)[kTiles][4],
+                                                      const uint32_t (&u)[4], const Factors& f) {
+    using Product = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
+    const uint64_t b = make_descriptor(f.k_tilde, sizeof(f.k_tilde[0]));
+#define FLASHKDA_TILE(n) S[n][0], S[n][1], S[n][2], S[n][3]
+    Product::fma(u[0], u[1], u[2], u[3], b, FLASHKDA_TILE(0), FLASHKDA_TILE(1), FLASHKDA_TILE(2),
+                 FLASHKDA_TILE(3), FLASHKDA_TILE(4), FLASHKDA_TILE(5), FLASHKDA_TILE(6),
+                 FLASHKDA_TILE(7), FLASHKDA_TILE(8), FLASHKDA_TILE(9), FLASHKDA_TILE(10),
+                 FLASHKDA_TILE(11), FLASHKDA_TILE(12), FLASHKDA_TILE(13), FLASHKDA_TILE(14),
+                 FLASHKDA_TILE(15));
+#undef FLASHKDA_TILE
+    cute::warpgroup_commit_batch();
+  }
+
+  __device__ __forceinline__ void step(float (&S)[kTiles][4], const Cursor<kSlots>& slot,
+                                       const Cursor<kValues>& values, Elem* to,
+                                       int64_t left) const {
+    const Factors& factors = s_.factors[slot.at];
+    const Squares& squares = s_.squares[slot.at];
+    const int lane = ptx::opaque(lane_);
+    const LanePosition rows = by_row(lane), columns = by_column(lane);
+    const int token = (lane % 4) * 2;  // and the next, of each half of the chunk
+    ptx::mbarrier_wait(&s_.factors_full[slot.at], slot.parity);
+
+    float d[4][4];
+    start_state_product(d, S, factors);
+    ptx::mbarrier_wait(&s_.full[slot.at], slot.parity);
+    ptx::mbarrier_wait(&s_.values_full[values.at], values.parity);
+    uint32_t v[4], T[4], M[4];
+    const int square = square_offset(columns.row, columns.piece);
+    ldmatrix_trans(v, reinterpret_cast<const char*>(s_.values[values.at].v[warp_ / 4]) +
+                          row_offset(rows.row, warp_ % 4 * 2 + rows.piece));
+    ldmatrix(T, reinterpret_cast<const char*>(squares.T) + square);
+    ldmatrix(M, reinterpret_cast<const char*>(squares.M) + square);
+    const float2 rk[2] = {*reinterpret_cast<const float2*>(squares.rk + token),
+                          *reinterpret_cast<const float2*>(squares.rk + 8 + token)};
+    cute::warpgroup_wait<0>();
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(d[n][i]);
+    }
+
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 lower = Traits::unpack(v[half]), upper = Traits::unpack(v[2 + half]);
+      d[half][0] = lower.x - rk[half].x * d[half][0];
+      d[half][1] = lower.y - rk[half].y * d[half][1];
+      d[half][2] = upper.x - rk[half].x * d[half][2];
+      d[half][3] = upper.y - rk[half].y * d[half][3];
+      if (left < kChunk) {
+        // v's rows past the sequence's end are another's, and may be anything.
+        const bool inside0 = half * 8 + token < left, inside1 = half * 8 + token + 1 < left;
+        d[half][0] = inside0 ? d[half][0] : 0.f;
+        d[half][1] = inside1 ? d[half][1] : 0.f;
+        d[half][2] = inside0 ? d[half][2] : 0.f;
+        d[half][3] = inside1 ? d[half][3] : 0.f;
+      }
+    }
+    uint32_t x[4], u[4];
+    to_operand(x, d[0], d[1]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 diagonal =
+          *reinterpret_cast<const float2*>(squares.T_diagonal + half * 8 + token);
+      d[half][0] *= diagonal.x;
+      d[half][1] *= diagonal.y;
+      d[half][2] *= diagonal.x;
+      d[half][3] *= diagonal.y;
+      mma<Elem>(d[half], x, T[2 * half], T[2 * half + 1]);
+    }
+    to_operand(u, d[0], d[1]);
+    // Fills the latencies of the way from X to U. Earlier, while the product is under way, the compiler
+    // would wait for it before it touched S.
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const float2 decay = *reinterpret_cast<const float2*>(squares.decay + n * 8 + token);
+      S[n][0] *= decay.x;
+      S[n][1] *= decay.y;
+      S[n][2] *= decay.x;
+      S[n][3] *= decay.y;
+    }
+
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(S[n][i]);
+    }
+    cute::warpgroup_arrive();
+    start_update(S, u, factors);
+
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 diagonal =
+          *reinterpret_cast<const float2*>(squares.M_diagonal + half * 8 + token);
+      const float2 rq = *reinterpret_cast<const float2*>(squares.rq + half * 8 + token);
+      float(&o)[4] = d[2 + half];
+      o[0] += diagonal.x * d[half][0];
+      o[1] += diagonal.y * d[half][1];
+      o[2] += diagonal.x * d[half][2];
+      o[3] += diagonal.y * d[half][3];
+      mma<Elem>(o, u, M[2 * half], M[2 * half + 1]);
+      o[0] *= rq.x;
+      o[1] *= rq.y;
+      o[2] *= rq.x;
+      o[3] *= rq.y;
+    }
+    store_output(d[2], d[3], to, left);
+    ptx::mbarrier_arrive(&s_.values_empty[values.at]);
+    cute::warpgroup_wait<0>();
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(S[n][i]);
+    }
+    ptx::mbarrier_arrive(&s_.empty[slot.at]);
+  }
+
+  // O^T goes through shared memory, so that it leaves in rows of 16 bytes.
+  __device__ __forceinline__ void store_output(const float (&early)[4], const float (&late)[4],
+                                               Elem* to, int64_t left) const {
+    char* tile = reinterpret_cast<char*>(s_.o[warp_]);
+    __syncwarp();
+    const int lane = ptx::opaque(lane_);
+    char* place = tile + square_offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+    cute::SM90_U16x8_STSM_T::copy(Traits::pack(early[0], early[1]), Traits::pack(early[2], early[3]),
+                                  Traits::pack(late[0], late[1]), Traits::pack(late[2], late[3]),
+                                  *reinterpret_cast<cute::uint128_t*>(place));
+    __syncwarp();
+    const int row = lane / 2;
+    const uint4 y = *reinterpret_cast<const uint4*>(tile + square_offset(row, lane % 2));
+    if (row < left) *reinterpret_cast<uint4*>(to) = y;
+  }
+
+  const Problem& p_;
+  const Work& w_;
+  Shared<Cfg>& s_;
+  int lane_;
+  int warp_;  // of all chain warps: 16 value columns each
+};
+
+}  // namespace flashkda::cuda::sm90::prefill

@@ -1,0 +1,36 @@
+// Sizes of the Hopper prefill kernel.
+#pragma once
+
+namespace flashkda::cuda::sm90::prefill {
+
+inline constexpr int kChunk = 16;
+inline constexpr int kChannels = 128;   // K
+inline constexpr int kGroupThreads = 128;
+inline constexpr int kSquareWarps = 3;  // the fourth warp of their warpgroup loads
+
+// VS: the value columns that one block carries the state of, 64 of them a chain warpgroup.
+template <int VS_>
+struct Config {
+  static constexpr int VS = VS_;
+  static constexpr int kChainGroups = VS / 64;
+  static constexpr int kFactorGroups = 3 - kChainGroups;
+  static constexpr int kPairs = 2 * kFactorGroups;  // of factor warps: each makes a chunk
+  static constexpr int kThreads = 4 * kGroupThreads;
+  static constexpr int kChainRegisters = 152;
+  static constexpr int kSquareRegisters = 96;
+  static constexpr int kFactorRegisters = kChainGroups == 2 ? 112 : 128;
+  static_assert(kChainGroups * kChainRegisters + kSquareRegisters +
+                        kFactorGroups * kFactorRegisters <=
+                    512,
+                "a multiprocessor has 512 registers for each of 128 threads");
+};
+
+inline constexpr int kSlots = 6;   // of factors
+inline constexpr int kRaw = 4;     // of q, k and g
+inline constexpr int kValues = 10; // of v, which waits for the chain
+
+// A tile is stored in halves of 64 channels, whose rows of 128 bytes are swizzled as the copy engine
+// and the tensor cores swizzle them (tile.cuh).
+inline constexpr int kHalf = 64;
+
+}  // namespace flashkda::cuda::sm90::prefill

@@ -1,0 +1,61 @@
+// Prefill on Hopper: one block walks one (sequence, head, slice of V).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "chain.cuh"
+#include "shared.cuh"
+#include "factors.cuh"
+#include "loader.cuh"
+#include "squares.cuh"
+#include "work.cuh"
+
+namespace flashkda::cuda::sm90::prefill {
+
+template <class Cfg>
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    prefill_kernel(const __grid_constant__ Problem p, const __grid_constant__ Maps maps) {
+  extern __shared__ __align__(1024) char smem[];
+  Shared<Cfg>& s = *reinterpret_cast<Shared<Cfg>*>(smem);
+  const Work w = find_work<Cfg>(p, &s.sequence);
+  const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    constexpr int kChainThreads = Cfg::kChainGroups * kGroupThreads;
+    for (int i = 0; i < kRaw; ++i) {
+      ptx::mbarrier_init(&s.raw_full[i], 1);
+      ptx::mbarrier_init(&s.raw_empty[i], 3 * 32);  // a pair of factor warps and a square warp
+    }
+    for (int i = 0; i < kValues; ++i) {
+      ptx::mbarrier_init(&s.values_full[i], 1);
+      ptx::mbarrier_init(&s.values_empty[i], kChainThreads);
+    }
+    for (int i = 0; i < kSlots; ++i) {
+      ptx::mbarrier_init(&s.factors_full[i], 2 * 32);
+      ptx::mbarrier_init(&s.full[i], 32);
+      ptx::mbarrier_init(&s.empty[i], kChainThreads);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  if (group < Cfg::kChainGroups) {
+    ptx::more_registers<Cfg::kChainRegisters>();
+    Chain<Cfg>(p, w, s, warp, lane).run();
+  } else if (group < Cfg::kChainGroups + Cfg::kFactorGroups) {
+    ptx::fewer_registers<Cfg::kFactorRegisters>();
+    FactorWarp<Cfg>(p, w, s, warp - 4 * Cfg::kChainGroups, lane).run();
+  } else {
+    ptx::fewer_registers<Cfg::kSquareRegisters>();
+    const int rank = warp - 4 * (Cfg::kChainGroups + Cfg::kFactorGroups);
+    if (rank < kSquareWarps) {
+      SquareWarp<Cfg>(p, w, s, rank, lane).run();
+    } else if (lane == 0) {
+      load_chunks<Cfg>(p, maps, w, s);
+    }
+  }
+}
+
+}  // namespace flashkda::cuda::sm90::prefill

@@ -1,0 +1,88 @@
+#include "maps.h"
+
+#include <cstdint>
+#include <limits>
+
+#include "config.h"
+
+namespace flashkda::cuda::sm90::prefill {
+namespace {
+
+constexpr int64_t kAlignment = 16;  // bytes, of addresses and strides
+
+int bytes_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+// A stride along which there is nothing to step over may be anything.
+bool stride_fits(int64_t stride, int64_t extent, int bytes) {
+  return extent == 1 || (stride > 0 && stride * bytes % kAlignment == 0 &&
+                         stride * bytes < int64_t{1} << 40);
+}
+
+bool fits(const TokenTensor& x, const Problem& p, int heads) {
+  const int bytes = bytes_of(x.dtype);
+  return reinterpret_cast<uintptr_t>(x.ptr) % kAlignment == 0 &&
+         stride_fits(x.stride_b, p.B, bytes) && stride_fits(x.stride_t, p.T, bytes) &&
+         stride_fits(x.stride_h, heads, bytes);
+}
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                            CUtensorMapFloatOOBfill);
+
+// The driver's function, found through the runtime so that nothing links against the driver.
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             12000, cudaEnableDefault, &found);
+  return error == cudaSuccess && found == cudaDriverEntryPointSuccess
+             ? reinterpret_cast<Encode>(function)
+             : nullptr;
+}
+
+// Boxes of 16 tokens of one head, `columns` wide.
+cudaError_t encode(Encode function, CUtensorMap* map, const TokenTensor& x, const Problem& p,
+                   int heads, int columns, CUtensorMapSwizzle swizzle) {
+  const int bytes = bytes_of(x.dtype);
+  const CUtensorMapDataType type = x.dtype == DType::kF32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : x.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const auto stride = [&](int64_t elements, int64_t extent) {
+    return static_cast<cuuint64_t>(extent == 1 ? kAlignment : elements * bytes);
+  };
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(kChannels), static_cast<cuuint64_t>(heads),
+                               static_cast<cuuint64_t>(p.T), static_cast<cuuint64_t>(p.B)};
+  const cuuint64_t strides[3] = {stride(x.stride_h, heads), stride(x.stride_t, p.T),
+                                 stride(x.stride_b, p.B)};
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(columns), 1, kChunk, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUresult result =
+      function(map, type, 4, x.ptr, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+bool maps_fit(const Problem& p) {
+  return p.T > 0 && p.T <= std::numeric_limits<int32_t>::max() - kChunk && fits(p.q, p, p.H) &&
+         fits(p.k, p, p.H) && fits(p.v, p, p.HV) && fits(p.g, p, p.HV);
+}
+
+bool stores_fit(const Problem& p) { return fits(p.o, p, p.HV); }
+
+cudaError_t make_maps(const Problem& p, Maps* maps) {
+  static const Encode function = find_encode();
+  if (function == nullptr) return cudaErrorSymbolNotFound;
+  constexpr CUtensorMapSwizzle kSwizzled = CU_TENSOR_MAP_SWIZZLE_128B;
+  cudaError_t error = encode(function, &maps->q, p.q, p, p.H, kHalf, kSwizzled);
+  if (error == cudaSuccess) error = encode(function, &maps->k, p.k, p, p.H, kHalf, kSwizzled);
+  if (error == cudaSuccess) error = encode(function, &maps->v, p.v, p, p.HV, kHalf, kSwizzled);
+  if (error == cudaSuccess) {
+    error = encode(function, &maps->g, p.g, p, p.HV, kChannels, CU_TENSOR_MAP_SWIZZLE_NONE);
+  }
+  return error;
+}
+
+}  // namespace flashkda::cuda::sm90::prefill

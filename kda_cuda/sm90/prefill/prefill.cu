@@ -1,0 +1,49 @@
+#include "prefill.h"
+
+#include <atomic>
+
+#include "kernel.cuh"
+#include "maps.h"
+
+namespace flashkda::cuda::sm90::prefill {
+namespace {
+
+template <class Cfg>
+cudaError_t launch_instance(const Problem& p, const Maps& maps, const Target& target,
+                            cudaStream_t stream) {
+  constexpr int kBytes = sizeof(Shared<Cfg>);
+  // Once a device: asking the driver costs more than the rest of a launch's preparation.
+  static std::atomic<bool> configured[kMaxDevices];
+  if (!configured[target.device].load(std::memory_order_acquire)) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        prefill_kernel<Cfg>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    if (error != cudaSuccess) return error;
+    configured[target.device].store(true, std::memory_order_release);
+  }
+  const int64_t blocks = p.N * p.HV * (p.V / Cfg::VS);
+  prefill_kernel<Cfg>
+      <<<static_cast<unsigned>(blocks), Cfg::kThreads, kBytes, stream>>>(p, maps);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+bool serves(const Problem& p, const Target& target) {
+  return target.capability == 90 && p.K == kChannels && p.V == kChannels &&
+         p.q.dtype == DType::kBF16 && maps_fit(p) && stores_fit(p);
+}
+
+// A slice of V costs its head's factors once more, and leaves the factor warps more of the SM: worth
+// it while SMs are idle. Results do not depend on it.
+cudaError_t launch(const Problem& p, const Target& target, cudaStream_t stream) {
+  if (p.N == 0 || p.HV == 0) return cudaSuccess;
+  Maps maps;
+  const cudaError_t error = make_maps(p, &maps);
+  if (error != cudaSuccess) return error;
+  if (2 * p.N * p.HV <= target.multiprocessors) {
+    return launch_instance<Config<64>>(p, maps, target, stream);
+  }
+  return launch_instance<Config<128>>(p, maps, target, stream);
+}
+
+}  // namespace flashkda::cuda::sm90::prefill

@@ -1,0 +1,82 @@
+// The layout of a block's shared memory.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "../../common/triangle.cuh"
+#include "config.h"
+
+namespace flashkda::cuda::sm90::prefill {
+
+// What chunks arrive as.
+struct alignas(1024) Raw {
+  __nv_bfloat16 k[2][kChunk][kHalf];
+  __nv_bfloat16 q[2][kChunk][kHalf];
+  char g[4 * kChunk * kChannels];  // in its own type, rows of 128, not swizzled
+};
+
+// The factors that the factor warps make.
+struct alignas(1024) Factors {
+  __nv_bfloat16 bars[2][2 * kChunk][kHalf];  // k exp(G), and below it q exp(G)
+  __nv_bfloat16 k_tilde[2][kChunk][kHalf];   // k exp(G_C - G)
+  __nv_bfloat16 k_hat[2][kChunk][kHalf];     // k exp(-G), unless the chunk is steep
+};
+
+template <class Cfg>
+struct alignas(1024) Values {
+  __nv_bfloat16 v[Cfg::kChainGroups][kChunk][kHalf];
+};
+
+// The rest of a slot: what the square warps make, and the decay of a chunk.
+struct alignas(128) Squares {
+  __nv_bfloat16 T[kChunk * kChunk];  // diag(rk) (I + A)^-1 diag(beta) but for its diagonal
+  __nv_bfloat16 M[kChunk * kChunk];  // q k^T with decay, strictly lower, before rq and rk
+  float decay[kChannels];            // exp(G_C)
+  float rk[kChunk];                  // 1 / |k|, or 1
+  float rq[kChunk];                  // scale / |q|, or scale
+  float T_diagonal[kChunk];          // rk beta
+  float M_diagonal[kChunk];          // q k
+  int steep[2];                      // of either half of the channels
+};
+
+// A square warp's own.
+struct alignas(16) Scratch {
+  float A[kChunk * kTriangleStride];  // strictly lower, by columns
+  float beta[kChunk];
+};
+
+template <class Cfg>
+struct Shared {
+  Factors factors[kSlots];
+  Raw raw[kRaw];
+  Values<Cfg> values[kValues];
+  Squares squares[kSlots];
+  Scratch scratch[kSquareWarps];
+  __nv_bfloat16 o[4 * Cfg::kChainGroups][kChunk * kChunk];  // a chain warp's, on its way out
+  uint64_t raw_full[kRaw], raw_empty[kRaw];
+  uint64_t values_full[kValues], values_empty[kValues];
+  uint64_t factors_full[kSlots];  // all but T and M
+  uint64_t full[kSlots], empty[kSlots];
+  int sequence;  // what sequence_of_rank found
+};
+
+// A place in a ring of N and the parity of its current use.
+template <int N>
+struct Cursor {
+  int at;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ explicit Cursor(int first) : at(first) {}
+
+  __device__ __forceinline__ void advance(int by) {
+    at += by;
+    if (at >= N) {
+      at -= N;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace flashkda::cuda::sm90::prefill
