@@ -56,4 +56,11 @@ __device__ __forceinline__ float decay_of(float x, const DecayParams& params, fl
   }
 }
 
+// beta_activation of gate.cuh with the approximate instructions.
+__device__ __forceinline__ float fast_beta_activation(float x, BetaMode mode) {
+  if (mode == BetaMode::kGiven) return x;
+  const float y = ptx::rcp(1.f + ptx::ex2(-kLog2E * x));
+  return mode == BetaMode::kTwiceSigmoid ? 2.f * y : y;
+}
+
 }  // namespace flashkda::cuda

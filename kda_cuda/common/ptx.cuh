@@ -102,6 +102,13 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// The same of a lane's number, of which the compiler still knows the range.
+__device__ __forceinline__ int opaque_lane(int lane) {
+  lane = opaque(lane);
+  __builtin_assume(lane >= 0 && lane < 32);
+  return lane;
+}
+
 __device__ __forceinline__ float ex2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -111,6 +118,12 @@ __device__ __forceinline__ float ex2(float x) {
 __device__ __forceinline__ float lg2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float rsqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -9,24 +9,63 @@
 
 namespace flashkda::cuda::ptx {
 
+// Barriers and tiles are named by their address in shared memory, which a block finds once: from a
+// generic pointer, every use would find the block's window anew.
+
 // Arrives and expects that many bytes more from the copy engine in this phase.
-__device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   smem_address(barrier)),
-               "r"(bytes)
+__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Waits in hardware, for a bounded time, before it asks again.
-__device__ __forceinline__ void mbarrier_wait_suspended(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ void mbarrier_wait_at(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "wait:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra wait;\n"
-      "}\n" ::"r"(smem_address(barrier)),
+      "}\n" ::"r"(barrier),
       "r"(parity)
+      : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements; each lane gives the address of a row.
+__device__ __forceinline__ void ldmatrix_at(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_trans_at(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ __forceinline__ void stmatrix_trans_at(uint32_t row, uint32_t r0, uint32_t r1,
+                                                  uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   row),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+
+// A box of a tensor of four dimensions, streamed: it will not be read again.
+__device__ __forceinline__ void copy_box(const void* map, uint32_t to, uint32_t barrier, int x0,
+                                         int x1, int x2, int x3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3),
+      "l"(static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
       : "memory");
 }
 

@@ -10,8 +10,6 @@
 // a warp's own. The diagonals of T and M multiply in fp32, unrounded.
 #pragma once
 
-#include <cute/arch/copy_sm90.hpp>
-
 #include "../../common/element.cuh"
 #include "../ptx.cuh"
 #include "shared.cuh"
@@ -28,8 +26,9 @@ class Chain {
   static constexpr int kTiles = kChannels / 8;  // of the accumulator: eight channels each
 
  public:
-  __device__ Chain(const Problem& p, const Work& w, Shared<Cfg>& s, int warp, int lane)
-      : p_(p), w_(w), s_(s), lane_(lane), warp_(warp) {}
+  __device__ Chain(const Problem& p, const Work& w, Shared<Cfg>& s, uint32_t base, int warp,
+                   int lane)
+      : p_(p), w_(w), s_(s), base_(base), lane_(lane), warp_(warp) {}
 
   __device__ void run() {
     float S[kTiles][4];
@@ -41,13 +40,14 @@ class Chain {
               lane_ % 2 * (kPiece / sizeof(Elem));
     // The compiler has to see that a warpgroup's threads walk together.
     const int chunks = __shfl_sync(~0u, w_.chunks, 0);
-    int64_t left = w_.tokens;
+    const int64_t stride = kChunk * p_.o.stride_t;
+    int left = static_cast<int>(w_.tokens);
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c, left -= kChunk) {
       step(S, slot, values, o, left);
       slot.advance(1);
       values.advance(1);
-      o += kChunk * p_.o.stride_t;
+      o += stride;
     }
     if (p_.final_state.ptr != nullptr) store_state(S);
   }
@@ -94,6 +94,10 @@ class Chain {
     }
   }
 
+  __device__ __forceinline__ uint32_t at(const void* part) const {
+    return address_of(s_, base_, part);
+  }
+
   // Two neighbouring accumulator tiles, 16 x 16, as the left operand of the next product.
   static __device__ __forceinline__ void to_operand(uint32_t (&a)[4], const float (&left)[4],
                                                     const float (&right)[4]) {
@@ -103,20 +107,30 @@ class Chain {
     a[3] = Traits::pack(right[2], right[3]);
   }
 
+  // Zeroes what v, as ldmatrix transposes it, holds of tokens from `left` on.
+  static __device__ __forceinline__ void keep_tokens(uint32_t (&v)[4], int token, int left) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int kept = left - half * 8 - token;
+      const uint32_t mask = kept >= 2 ? 0xffffffffu : kept == 1 ? 0xffffu : 0u;
+      v[half] &= mask;
+      v[2 + half] &= mask;
+    }
+  }
+
   // d = S^T [k_bar; q_bar]^T: tiles 0, 1 are k_bar S, tiles 2, 3 q_bar S.
-  static __device__ __forceinline__ void start_state_product(float (&d)[4][4],
-                                                             const float (&S)[kTiles][4],
-                                                             const Factors& f) {
+  __device__ __forceinline__ void start_state_product(float (&d)[4][4],
+                                                      const float (&S)[kTiles][4],
+                                                      const Factors& f) const {
     using Product = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
     uint32_t a[kTiles / 2][4];
 #pragma unroll
     for (int kk = 0; kk < kTiles / 2; ++kk) to_operand(a[kk], S[2 * kk], S[2 * kk + 1]);
-    const uint64_t bars = make_descriptor(f.bars, kPiece);
+    const uint32_t bars = at(f.bars);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int kk = 0; kk < kTiles / 2; ++kk) {
-      constexpr int kHalfBytes = sizeof(f.bars[0]);
-      const uint64_t b = bars + (kk / 4 * kHalfBytes + kk % 4 * 32) / kPiece;
+      const uint64_t b = make_descriptor(bars + kk / 4 * sizeof(f.bars[0]) + kk % 4 * 2 * kPiece, 0);
       Product::fma(a[kk][0], a[kk][1], a[kk][2], a[kk][3], b, d[0][0], d[0][1], d[0][2], d[0][3],
                    d[1][0], d[1][1], d[1][2], d[1][3], d[2][0], d[2][1], d[2][2], d[2][3], d[3][0],
                    d[3][1], d[3][2], d[3][3],
@@ -126,10 +140,10 @@ class Chain {
   }
 
   // S^T += U^T k_tilde.
-  static __device__ __forceinline__ void start_update(float (&S)[kTiles][4],
-                                                      const uint32_t (&u)[4], const Factors& f) {
+  __device__ __forceinline__ void start_update(float (&S)[kTiles][4], const uint32_t (&u)[4],
+                                               const Factors& f) const {
     using Product = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
-    const uint64_t b = make_descriptor(f.k_tilde, sizeof(f.k_tilde[0]));
+    const uint64_t b = make_descriptor(at(f.k_tilde), sizeof(f.k_tilde[0]));
 #define FLASHKDA_TILE(n) S[n][0], S[n][1], S[n][2], S[n][3]
     Product::fma(u[0], u[1], u[2], u[3], b, FLASHKDA_TILE(0), FLASHKDA_TILE(1), FLASHKDA_TILE(2),
                  FLASHKDA_TILE(3), FLASHKDA_TILE(4), FLASHKDA_TILE(5), FLASHKDA_TILE(6),
@@ -142,24 +156,24 @@ class Chain {
 
   __device__ __forceinline__ void step(float (&S)[kTiles][4], const Cursor<kSlots>& slot,
                                        const Cursor<kValues>& values, Elem* to,
-                                       int64_t left) const {
+                                       int left) const {
     const Factors& factors = s_.factors[slot.at];
     const Squares& squares = s_.squares[slot.at];
-    const int lane = ptx::opaque(lane_);
+    const int lane = ptx::opaque_lane(lane_);
     const LanePosition rows = by_row(lane), columns = by_column(lane);
     const int token = (lane % 4) * 2;  // and the next, of each half of the chunk
-    ptx::mbarrier_wait(&s_.factors_full[slot.at], slot.parity);
+    ptx::mbarrier_wait_at(at(&s_.factors_full[slot.at]), slot.parity);
 
     float d[4][4];
     start_state_product(d, S, factors);
-    ptx::mbarrier_wait(&s_.full[slot.at], slot.parity);
-    ptx::mbarrier_wait(&s_.values_full[values.at], values.parity);
+    ptx::mbarrier_wait_at(at(&s_.full[slot.at]), slot.parity);
+    ptx::mbarrier_wait_at(at(&s_.values_full[values.at]), values.parity);
     uint32_t v[4], T[4], M[4];
     const int square = square_offset(columns.row, columns.piece);
-    ldmatrix_trans(v, reinterpret_cast<const char*>(s_.values[values.at].v[warp_ / 4]) +
-                          row_offset(rows.row, warp_ % 4 * 2 + rows.piece));
-    ldmatrix(T, reinterpret_cast<const char*>(squares.T) + square);
-    ldmatrix(M, reinterpret_cast<const char*>(squares.M) + square);
+    ptx::ldmatrix_trans_at(v, at(s_.values[values.at].v[warp_ / 4]) +
+                                  row_offset(rows.row, warp_ % 4 * 2 + rows.piece));
+    ptx::ldmatrix_at(T, at(squares.T) + square);
+    ptx::ldmatrix_at(M, at(squares.M) + square);
     const float2 rk[2] = {*reinterpret_cast<const float2*>(squares.rk + token),
                           *reinterpret_cast<const float2*>(squares.rk + 8 + token)};
     cute::warpgroup_wait<0>();
@@ -169,6 +183,8 @@ class Chain {
       for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(d[n][i]);
     }
 
+    // v's rows past the sequence's end are another's, and may be anything.
+    if (left < kChunk) keep_tokens(v, token, left);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float2 lower = Traits::unpack(v[half]), upper = Traits::unpack(v[2 + half]);
@@ -176,14 +192,6 @@ class Chain {
       d[half][1] = lower.y - rk[half].y * d[half][1];
       d[half][2] = upper.x - rk[half].x * d[half][2];
       d[half][3] = upper.y - rk[half].y * d[half][3];
-      if (left < kChunk) {
-        // v's rows past the sequence's end are another's, and may be anything.
-        const bool inside0 = half * 8 + token < left, inside1 = half * 8 + token + 1 < left;
-        d[half][0] = inside0 ? d[half][0] : 0.f;
-        d[half][1] = inside1 ? d[half][1] : 0.f;
-        d[half][2] = inside0 ? d[half][2] : 0.f;
-        d[half][3] = inside1 ? d[half][3] : 0.f;
-      }
     }
     uint32_t x[4], u[4];
     to_operand(x, d[0], d[1]);
@@ -234,26 +242,25 @@ class Chain {
       o[3] *= rq.y;
     }
     store_output(d[2], d[3], to, left);
-    ptx::mbarrier_arrive(&s_.values_empty[values.at]);
+    ptx::mbarrier_arrive_at(at(&s_.values_empty[values.at]));
     cute::warpgroup_wait<0>();
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(S[n][i]);
     }
-    ptx::mbarrier_arrive(&s_.empty[slot.at]);
+    ptx::mbarrier_arrive_at(at(&s_.empty[slot.at]));
   }
 
   // O^T goes through shared memory, so that it leaves in rows of 16 bytes.
   __device__ __forceinline__ void store_output(const float (&early)[4], const float (&late)[4],
-                                               Elem* to, int64_t left) const {
+                                               Elem* to, int left) const {
     char* tile = reinterpret_cast<char*>(s_.o[warp_]);
     __syncwarp();
-    const int lane = ptx::opaque(lane_);
-    char* place = tile + square_offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
-    cute::SM90_U16x8_STSM_T::copy(Traits::pack(early[0], early[1]), Traits::pack(early[2], early[3]),
-                                  Traits::pack(late[0], late[1]), Traits::pack(late[2], late[3]),
-                                  *reinterpret_cast<cute::uint128_t*>(place));
+    const int lane = ptx::opaque_lane(lane_);
+    ptx::stmatrix_trans_at(at(tile) + square_offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1),
+                           Traits::pack(early[0], early[1]), Traits::pack(early[2], early[3]),
+                           Traits::pack(late[0], late[1]), Traits::pack(late[2], late[3]));
     __syncwarp();
     const int row = lane / 2;
     const uint4 y = *reinterpret_cast<const uint4*>(tile + square_offset(row, lane % 2));
@@ -263,6 +270,7 @@ class Chain {
   const Problem& p_;
   const Work& w_;
   Shared<Cfg>& s_;
+  uint32_t base_;
   int lane_;
   int warp_;  // of all chain warps: 16 value columns each
 };

@@ -6,15 +6,14 @@ namespace flashkda::cuda::sm90::prefill {
 inline constexpr int kChunk = 16;
 inline constexpr int kChannels = 128;   // K
 inline constexpr int kGroupThreads = 128;
-inline constexpr int kSquareWarps = 3;  // the fourth warp of their warpgroup loads
+inline constexpr int kSquareWarps = 4;
 
 // VS: the value columns that one block carries the state of, 64 of them a chain warpgroup.
 template <int VS_>
 struct Config {
   static constexpr int VS = VS_;
   static constexpr int kChainGroups = VS / 64;
-  static constexpr int kFactorGroups = 3 - kChainGroups;
-  static constexpr int kPairs = 2 * kFactorGroups;  // of factor warps: each makes a chunk
+  static constexpr int kFactorGroups = 3 - kChainGroups;  // each makes a chunk
   static constexpr int kThreads = 4 * kGroupThreads;
   static constexpr int kChainRegisters = 152;
   static constexpr int kSquareRegisters = 96;
@@ -27,7 +26,14 @@ struct Config {
 
 inline constexpr int kSlots = 6;   // of factors
 inline constexpr int kRaw = 4;     // of q, k and g
-inline constexpr int kValues = 10; // of v, which waits for the chain
+inline constexpr int kValues = 8;  // of v, which waits for the chain
+inline constexpr int kAhead = 2;   // how many chunks before its square warp's turn a chunk is loaded
+
+// A wait on a parity is only sound if the barrier is not a whole phase further behind: who waits for
+// a slot's use has to know of the use before it. A square warp therefore loads the same slots again
+// and again, and factor groups, taking turns, meet the same slots too.
+static_assert(kRaw % kSquareWarps == 0 && kValues % kSquareWarps == 0);
+static_assert(kRaw % 2 == 0 && kSlots % 2 == 0, "there are one or two factor groups");
 
 // A tile is stored in halves of 64 channels, whose rows of 128 bytes are swizzled as the copy engine
 // and the tensor cores swizzle them (tile.cuh).

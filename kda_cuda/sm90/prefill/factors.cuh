@@ -1,11 +1,13 @@
-// The factor warps: a pair of them turns a chunk's k, q and g into the factors that multiply the
+// The factor warps: a warpgroup of them turns a chunk's k, q and g into the factors that multiply the
 // state. With e_t = exp(g_t),
 //
 //   k_bar_t   = k_t e_1 .. e_t          q_bar_t = q_t e_1 .. e_t        decay = e_1 .. e_C
 //   k_tilde_t = k_t e_{t+1} .. e_C      k_hat_t = k_tilde_t / decay
 //
 // are products of numbers <= 1, but for k_hat, which is only read where it stays in bf16's range. A
-// warp owns 64 channels and a lane two of them, over all tokens of the chunk: nothing is exchanged.
+// warp owns 32 channels and a lane four of them, over four neighbouring tokens (a span), so that the
+// running products need two exchanges between lanes. The code is kept small on purpose: what does
+// not fit the instruction cache is paid for by all roles.
 #pragma once
 
 #include "../../common/decay.cuh"
@@ -19,70 +21,98 @@ namespace flashkda::cuda::sm90::prefill {
 
 using Bf16 = ElementTraits<__nv_bfloat16>;
 
-// k exp(-G) holds while exp(-G_C) and k exp(-G_C) stay in bf16's range.
-inline constexpr float kSmallestDecay = 1.7e-35f;  // just under exp(-80), which a gate of lower bound -5 never passes
+// k exp(-G) holds while exp(-G_C) and k exp(-G_C) stay in bf16's range. Just under exp(-80), which
+// gates with a lower bound of -5 never pass.
+inline constexpr float kSmallestDecay = 1.7e-35f;
 
 template <class Cfg>
 class FactorWarp {
+  static constexpr int kSpan = 4;  // tokens of a lane
+  static constexpr int kOwn = 4;   // channels of a lane
+
  public:
-  __device__ FactorWarp(const Problem& p, const Work& w, Shared<Cfg>& s, int warp, int lane)
-      : p_(p), w_(w), s_(s), pair_(warp / 2), half_(warp % 2), lane_(lane) {
+  __device__ FactorWarp(const Problem& p, const Work& w, Shared<Cfg>& s, uint32_t base, int warp,
+                        int lane)
+      : p_(p), s_(s), base_(base), group_(warp / 4), warp_(warp % 4), lane_(lane),
+        tokens_(static_cast<int>(w.tokens)), chunks_(w.chunks) {
     params_ = load_decay_params(p, w.hv);
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      shift_[c] = load_shift(p, params_, w.hv, half_ * kHalf + 2 * lane + c);
+    for (int c = 0; c < kOwn; ++c) {
+      shift_[c] = load_shift(p, params_, w.hv, warp_ * 32 + lane % 8 * kOwn + c);
     }
   }
 
   __device__ void run() {
-    Cursor<kRaw> raw(pair_);
-    Cursor<kSlots> slot(pair_);
-    for (int c = pair_; c < w_.chunks; c += Cfg::kPairs) {
+    Cursor<kRaw> raw(group_);
+    Cursor<kSlots> slot(group_);
+#pragma unroll 1
+    for (int c = group_; c < chunks_; c += Cfg::kFactorGroups) {
       // Addresses are cheaper to find again for every chunk than to keep.
-      lane_ = ptx::opaque(lane_);
-      make(c, raw, slot);
-      raw.advance(Cfg::kPairs);
-      slot.advance(Cfg::kPairs);
+      lane_ = ptx::opaque_lane(lane_);
+      make(tokens_ - c * kChunk, raw, slot);
+      raw.advance(Cfg::kFactorGroups);
+      slot.advance(Cfg::kFactorGroups);
     }
   }
 
  private:
+  __device__ __forceinline__ uint32_t at(const void* part) const {
+    return address_of(s_, base_, part);
+  }
+
+  // Four 16-bit elements from one place of a tile.
   template <class G>
-  __device__ __forceinline__ void load_gate(float (&x)[kChunk][2], const char* g) const {
-    const G* row = reinterpret_cast<const G*>(g) + half_ * kHalf + 2 * lane_;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      float2 y;
-      if constexpr (sizeof(G) == 4) {
-        y = *reinterpret_cast<const float2*>(row + i * kChannels);
-      } else {
-        y = ElementTraits<G>::unpack(*reinterpret_cast<const uint32_t*>(row + i * kChannels));
-      }
-      x[i][0] = y.x;
-      x[i][1] = y.y;
-    }
+  static __device__ __forceinline__ void unpack(float (&x)[kOwn], uint2 bits) {
+    const float2 low = ElementTraits<G>::unpack(bits.x), high = ElementTraits<G>::unpack(bits.y);
+    x[0] = low.x;
+    x[1] = low.y;
+    x[2] = high.x;
+    x[3] = high.y;
+  }
+
+  static __device__ __forceinline__ void store(char* place, const float (&x)[kOwn],
+                                               const float (&factor)[kOwn]) {
+    *reinterpret_cast<uint2*>(place) = make_uint2(Bf16::pack(x[0] * factor[0], x[1] * factor[1]),
+                                                  Bf16::pack(x[2] * factor[2], x[3] * factor[3]));
   }
 
   template <Gate kGate>
-  __device__ __forceinline__ void activate(float (&e)[kChunk][2]) const {
+  __device__ __forceinline__ void activate(float (&e)[kSpan][kOwn]) const {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      e[i][0] = decay_of<kGate>(e[i][0], params_, shift_[0]);
-      e[i][1] = decay_of<kGate>(e[i][1], params_, shift_[1]);
+    for (int i = 0; i < kSpan; ++i) {
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) e[i][c] = decay_of<kGate>(e[i][c], params_, shift_[c]);
     }
   }
 
-  // e = exp(g).
-  __device__ __forceinline__ void load_decays(float (&e)[kChunk][2], const char* g) const {
-    switch (p_.g.dtype) {
-      case DType::kF32:
-        load_gate<float>(e, g);
-        break;
-      case DType::kBF16:
-        load_gate<__nv_bfloat16>(e, g);
-        break;
-      default:
-        load_gate<__half>(e, g);
+  // e = exp(g) of the lane's tokens. place: of the lane's channels in row i of a half.
+  template <class Place>
+  __device__ __forceinline__ void load_decays(float (&e)[kSpan][kOwn], const char* g,
+                                              const Place& place) const {
+    if (p_.g.dtype == DType::kF32) {
+      const float4* row =
+          reinterpret_cast<const float4*>(g) +
+          (lane_ / 8 * kSpan * kChannels + warp_ * 32 + lane_ % 8 * kOwn) / kOwn;
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) {
+        const float4 x = row[i * kChannels / kOwn];
+        e[i][0] = x.x;
+        e[i][1] = x.y;
+        e[i][2] = x.z;
+        e[i][3] = x.w;
+      }
+    } else {
+      const char* half = g + warp_ / 2 * sizeof(Raw::k[0]);
+      uint2 bits[kSpan];
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) bits[i] = *reinterpret_cast<const uint2*>(half + place(i));
+      if (p_.g.dtype == DType::kBF16) {
+#pragma unroll
+        for (int i = 0; i < kSpan; ++i) unpack<__nv_bfloat16>(e[i], bits[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kSpan; ++i) unpack<__half>(e[i], bits[i]);
+      }
     }
     switch (p_.gate) {
       case Gate::kBounded:
@@ -96,79 +126,103 @@ class FactorWarp {
     }
   }
 
-  __device__ __forceinline__ void make(int chunk, const Cursor<kRaw>& raw_at,
+  __device__ __forceinline__ void make(int left, const Cursor<kRaw>& raw_at,
                                        const Cursor<kSlots>& slot) const {
     const Raw& raw = s_.raw[raw_at.at];
     Factors& to = s_.factors[slot.at];
     Squares& squares = s_.squares[slot.at];
-    const int64_t left = w_.tokens - int64_t{chunk} * kChunk;
-    ptx::mbarrier_wait_suspended(&s_.raw_full[raw_at.at], raw_at.parity);
-    float e[kChunk][2];
-    load_decays(e, raw.g);
+    const int span = lane_ / 8, half = warp_ / 2;
+    // Four rows on, the swizzle differs in its third bit: neighbouring spans meet in no bank.
+    const int piece = (warp_ % 2 * 4 + lane_ % 8 / 2) ^ (span % 2 * 4);
+    const int corner = span * kSpan * kRowBytes + lane_ % 2 * 8;
+    const auto place = [&](int i) { return corner + i * kRowBytes + (piece ^ i) * kPiece; };
 
-    // The lane's channels in row i of a half; eight rows on, the swizzle is the same.
-    const auto place = [&](int i) {
-      return i * kRowBytes + (((lane_ / 4) ^ (i & 7)) * kPiece) + (lane_ % 4) * 4;
-    };
-    const char* k_half = reinterpret_cast<const char*>(raw.k[half_]);
-    const char* q_half = reinterpret_cast<const char*>(raw.q[half_]);
-    uint32_t k[kChunk], q[kChunk];
+    ptx::mbarrier_wait_at(at(&s_.raw_full[raw_at.at]), raw_at.parity);
+    float e[kSpan][kOwn];
+    load_decays(e, raw.g, place);
+    const char* k_half = reinterpret_cast<const char*>(raw.k[half]);
+    const char* q_half = reinterpret_cast<const char*>(raw.q[half]);
+    uint2 k[kSpan], q[kSpan];
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      k[i] = *reinterpret_cast<const uint32_t*>(k_half + place(i));
-      q[i] = *reinterpret_cast<const uint32_t*>(q_half + place(i));
+    for (int i = 0; i < kSpan; ++i) {
+      k[i] = *reinterpret_cast<const uint2*>(k_half + place(i));
+      q[i] = *reinterpret_cast<const uint2*>(q_half + place(i));
     }
+    ptx::mbarrier_arrive_at(at(&s_.raw_empty[raw_at.at]));
     if (left < kChunk) {
+#pragma unroll 1
+      for (int t = left; t < kChunk; ++t) {
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        const bool inside = i < left;
-        e[i][0] = inside ? e[i][0] : 1.f;
-        e[i][1] = inside ? e[i][1] : 1.f;
-        k[i] = inside ? k[i] : 0;
-        q[i] = inside ? q[i] : 0;
+        for (int i = 0; i < kSpan; ++i) {
+          if (span * kSpan + i != t) continue;
+          k[i] = q[i] = make_uint2(0, 0);
+#pragma unroll
+          for (int c = 0; c < kOwn; ++c) e[i][c] = 1.f;
+        }
       }
     }
 
-    ptx::mbarrier_wait_suspended(&s_.empty[slot.at], slot.parity ^ 1);
-    char* bars = reinterpret_cast<char*>(to.bars[half_]);
-    float x0 = 1.f, x1 = 1.f;
+    // Products of the decays before the lane's span, after it, and of the whole chunk.
+    float before[kOwn], after[kOwn], decay[kOwn];
+    bool steep = false;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      x0 *= e[i][0];
-      x1 *= e[i][1];
-      const float2 ki = Bf16::unpack(k[i]), qi = Bf16::unpack(q[i]);
-      *reinterpret_cast<uint32_t*>(bars + place(i)) = Bf16::pack(ki.x * x0, ki.y * x1);
-      *reinterpret_cast<uint32_t*>(bars + place(i) + kChunk * kRowBytes) =
-          Bf16::pack(qi.x * x0, qi.y * x1);
+    for (int c = 0; c < kOwn; ++c) {
+      const float own = (e[0][c] * e[1][c]) * (e[2][c] * e[3][c]);
+      const float neighbour = __shfl_xor_sync(~0u, own, 8);
+      const float pair = own * neighbour;
+      const float others = __shfl_xor_sync(~0u, pair, 16);
+      before[c] = (span & 1 ? neighbour : 1.f) * (span & 2 ? others : 1.f);
+      after[c] = (span & 1 ? 1.f : neighbour) * (span & 2 ? 1.f : others);
+      decay[c] = pair * others;
+      steep |= decay[c] < kSmallestDecay;
     }
-    *reinterpret_cast<float2*>(squares.decay + half_ * kHalf + 2 * lane_) = make_float2(x0, x1);
-    const bool steep = __any_sync(~0u, x0 < kSmallestDecay || x1 < kSmallestDecay);
-    if (lane_ == 0) squares.steep[half_] = steep;
+    steep = __any_sync(~0u, steep);
 
-    const float inverse0 = ptx::rcp(x0), inverse1 = ptx::rcp(x1);
-    char* k_tilde = reinterpret_cast<char*>(to.k_tilde[half_]);
-    char* k_hat = reinterpret_cast<char*>(to.k_hat[half_]);
-    x0 = x1 = 1.f;
+    ptx::mbarrier_wait_at(at(&s_.empty[slot.at]), slot.parity ^ 1);
+    if (lane_ < 8) {
+      *reinterpret_cast<float4*>(squares.decay + warp_ * 32 + lane_ * kOwn) =
+          make_float4(decay[0], decay[1], decay[2], decay[3]);
+    }
+    if (lane_ == 0) squares.steep[warp_] = steep;
+
+    char* k_tilde = reinterpret_cast<char*>(to.k_tilde[half]);
+    char* k_hat = reinterpret_cast<char*>(to.k_hat[half]);
+    float inverse[kOwn];
 #pragma unroll
-    for (int i = kChunk - 1; i >= 0; --i) {
-      const float2 ki = Bf16::unpack(k[i]);
-      const float k0 = ki.x * x0, k1 = ki.y * x1;
-      *reinterpret_cast<uint32_t*>(k_tilde + place(i)) = Bf16::pack(k0, k1);
-      *reinterpret_cast<uint32_t*>(k_hat + place(i)) = Bf16::pack(k0 * inverse0, k1 * inverse1);
-      x0 *= e[i][0];
-      x1 *= e[i][1];
+    for (int c = 0; c < kOwn; ++c) inverse[c] = ptx::rcp(decay[c]);
+#pragma unroll
+    for (int i = kSpan - 1; i >= 0; --i) {
+      float x[kOwn];
+      unpack<__nv_bfloat16>(x, k[i]);
+      store(k_tilde + place(i), x, after);
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) x[c] *= after[c];
+      store(k_hat + place(i), x, inverse);
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) after[c] *= e[i][c];
+    }
+    char* bars = reinterpret_cast<char*>(to.bars[half]);
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      float x[kOwn];
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) before[c] *= e[i][c];
+      unpack<__nv_bfloat16>(x, k[i]);
+      store(bars + place(i), x, before);
+      unpack<__nv_bfloat16>(x, q[i]);
+      store(bars + place(i) + kChunk * kRowBytes, x, before);
     }
     ptx::fence_async_proxy();
-    ptx::mbarrier_arrive(&s_.factors_full[slot.at]);
-    ptx::mbarrier_arrive(&s_.raw_empty[raw_at.at]);
+    ptx::mbarrier_arrive_at(at(&s_.factors_full[slot.at]));
   }
 
   const Problem& p_;
-  const Work& w_;
   Shared<Cfg>& s_;
-  int pair_, half_, lane_;
+  uint32_t base_;
+  int group_, warp_, lane_;
+  int tokens_, chunks_;
   DecayParams params_;
-  float shift_[2];
+  float shift_[kOwn];
 };
 
 }  // namespace flashkda::cuda::sm90::prefill

@@ -6,7 +6,6 @@
 #include "chain.cuh"
 #include "shared.cuh"
 #include "factors.cuh"
-#include "loader.cuh"
 #include "squares.cuh"
 #include "work.cuh"
 
@@ -22,18 +21,20 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
 
+  const uint32_t base = ptx::smem_address(smem);
+
   if (threadIdx.x == 0) {
     constexpr int kChainThreads = Cfg::kChainGroups * kGroupThreads;
     for (int i = 0; i < kRaw; ++i) {
       ptx::mbarrier_init(&s.raw_full[i], 1);
-      ptx::mbarrier_init(&s.raw_empty[i], 3 * 32);  // a pair of factor warps and a square warp
+      ptx::mbarrier_init(&s.raw_empty[i], 5 * 32);  // factor warps and a square warp
     }
     for (int i = 0; i < kValues; ++i) {
       ptx::mbarrier_init(&s.values_full[i], 1);
       ptx::mbarrier_init(&s.values_empty[i], kChainThreads);
     }
     for (int i = 0; i < kSlots; ++i) {
-      ptx::mbarrier_init(&s.factors_full[i], 2 * 32);
+      ptx::mbarrier_init(&s.factors_full[i], kGroupThreads);
       ptx::mbarrier_init(&s.full[i], 32);
       ptx::mbarrier_init(&s.empty[i], kChainThreads);
     }
@@ -43,18 +44,14 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
 
   if (group < Cfg::kChainGroups) {
     ptx::more_registers<Cfg::kChainRegisters>();
-    Chain<Cfg>(p, w, s, warp, lane).run();
+    Chain<Cfg>(p, w, s, base, warp, lane).run();
   } else if (group < Cfg::kChainGroups + Cfg::kFactorGroups) {
     ptx::fewer_registers<Cfg::kFactorRegisters>();
-    FactorWarp<Cfg>(p, w, s, warp - 4 * Cfg::kChainGroups, lane).run();
+    FactorWarp<Cfg>(p, w, s, base, warp - 4 * Cfg::kChainGroups, lane).run();
   } else {
     ptx::fewer_registers<Cfg::kSquareRegisters>();
     const int rank = warp - 4 * (Cfg::kChainGroups + Cfg::kFactorGroups);
-    if (rank < kSquareWarps) {
-      SquareWarp<Cfg>(p, w, s, rank, lane).run();
-    } else if (lane == 0) {
-      load_chunks<Cfg>(p, maps, w, s);
-    }
+    SquareWarp<Cfg>(p, maps, w, s, base, rank, lane).run();
   }
 }
 

@@ -80,7 +80,9 @@ cudaError_t make_maps(const Problem& p, Maps* maps) {
   if (error == cudaSuccess) error = encode(function, &maps->k, p.k, p, p.H, kHalf, kSwizzled);
   if (error == cudaSuccess) error = encode(function, &maps->v, p.v, p, p.HV, kHalf, kSwizzled);
   if (error == cudaSuccess) {
-    error = encode(function, &maps->g, p.g, p, p.HV, kChannels, CU_TENSOR_MAP_SWIZZLE_NONE);
+    error = p.g.dtype == DType::kF32
+                ? encode(function, &maps->g, p.g, p, p.HV, kChannels, CU_TENSOR_MAP_SWIZZLE_NONE)
+                : encode(function, &maps->g, p.g, p, p.HV, kHalf, kSwizzled);
   }
   return error;
 }

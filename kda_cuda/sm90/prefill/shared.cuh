@@ -14,7 +14,7 @@ namespace flashkda::cuda::sm90::prefill {
 struct alignas(1024) Raw {
   __nv_bfloat16 k[2][kChunk][kHalf];
   __nv_bfloat16 q[2][kChunk][kHalf];
-  char g[4 * kChunk * kChannels];  // in its own type, rows of 128, not swizzled
+  char g[4 * kChunk * kChannels];  // fp32 in rows of 128 channels; 16-bit types like k
 };
 
 // The factors that the factor warps make.
@@ -38,7 +38,7 @@ struct alignas(128) Squares {
   float rq[kChunk];                  // scale / |q|, or scale
   float T_diagonal[kChunk];          // rk beta
   float M_diagonal[kChunk];          // q k
-  int steep[2];                      // of either half of the channels
+  int steep[4];                      // whether a channel of this quarter decays too far for k_hat
 };
 
 // A square warp's own.
@@ -61,6 +61,14 @@ struct Shared {
   uint64_t full[kSlots], empty[kSlots];
   int sequence;  // what sequence_of_rank found
 };
+
+// The address of a part of the block's shared memory, from that of the whole.
+template <class Cfg>
+__device__ __forceinline__ uint32_t address_of(const Shared<Cfg>& s, uint32_t base,
+                                               const void* part) {
+  return base + static_cast<uint32_t>(static_cast<const char*>(part) -
+                                      reinterpret_cast<const char*>(&s));
+}
 
 // A place in a ring of N and the parity of its current use.
 template <int N>

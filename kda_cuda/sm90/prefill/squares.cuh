@@ -7,9 +7,9 @@
 #include "../../common/convert.cuh"
 #include "../../common/decay.cuh"
 #include "../../common/element.cuh"
-#include "../../common/gate.cuh"
 #include "../../common/triangle.cuh"
 #include "../ptx.cuh"
+#include "loader.cuh"
 #include "shared.cuh"
 #include "tile.cuh"
 #include "work.cuh"
@@ -26,18 +26,25 @@ class SquareWarp {
   using Square = float[2][4];
 
  public:
-  __device__ SquareWarp(const Problem& p, const Work& w, Shared<Cfg>& s, int warp, int lane)
-      : p_(p), w_(w), s_(s), warp_(warp), lane_(lane) {}
+  __device__ SquareWarp(const Problem& p, const Maps& maps, const Work& w, Shared<Cfg>& s,
+                        uint32_t base, int warp, int lane)
+      : p_(p), w_(w), s_(s), loader_(p, maps, w, s, base), base_(base), warp_(warp), lane_(lane),
+        tokens_(static_cast<int>(w.tokens)), chunks_(w.chunks),
+        first_beta_(w.row * p.beta.stride_b + w.begin * p.beta.stride_t +
+                    w.hv * p.beta.stride_h) {}
 
   __device__ void run() {
+    for (int c = warp_; c < min(kAhead, chunks_); c += kSquareWarps) loader_.load(c);
     Cursor<kRaw> raw(warp_);
     Cursor<kSlots> slot(warp_);
     uint32_t next_beta = load_beta(warp_);
-    for (int c = warp_; c < w_.chunks; c += kSquareWarps) {
+#pragma unroll 1
+    for (int c = warp_; c < chunks_; c += kSquareWarps) {
       // Addresses are cheaper to find again for every chunk than to keep.
-      lane_ = ptx::opaque(lane_);
+      lane_ = ptx::opaque_lane(lane_);
+      if (c + kAhead < chunks_) loader_.load(c + kAhead);
       const uint32_t beta = next_beta;
-      if (c + kSquareWarps < w_.chunks) next_beta = load_beta(c + kSquareWarps);
+      if (c + kSquareWarps < chunks_) next_beta = load_beta(c + kSquareWarps);
       make(c, raw, slot, beta);
       raw.advance(kSquareWarps);
       slot.advance(kSquareWarps);
@@ -45,61 +52,66 @@ class SquareWarp {
   }
 
  private:
+  __device__ __forceinline__ uint32_t at(const void* part) const {
+    return address_of(s_, base_, part);
+  }
+
   __device__ __forceinline__ int row(int i) const { return lane_ / 4 + (i / 2) * 8; }
   __device__ __forceinline__ int column(int half, int i) const {
     return half * 8 + (lane_ % 4) * 2 + (i & 1);
   }
 
   // The bits of token lane's beta. Nothing waits for them before the next chunk.
-  __device__ __forceinline__ uint32_t load_beta(int64_t chunk) const {
-    const int64_t t = chunk * kChunk + lane_;
-    if (lane_ >= kChunk || t >= w_.tokens) return 0;
-    const int64_t i =
-        w_.row * p_.beta.stride_b + (w_.begin + t) * p_.beta.stride_t + w_.hv * p_.beta.stride_h;
-    return load_bits(p_.beta.ptr, i, p_.beta.dtype);
+  __device__ __forceinline__ uint32_t load_beta(int chunk) const {
+    const int t = chunk * kChunk + lane_;
+    if (lane_ >= kChunk || t >= tokens_) return 0;
+    return load_bits(p_.beta.ptr, first_beta_ + t * p_.beta.stride_t, p_.beta.dtype);
   }
 
-  // Rows of a tile as the left operand; transposed, the same registers are the right one.
-  template <int kRows>
-  __device__ __forceinline__ void load(uint32_t (&x)[4], const void* tile, int first_row,
-                                       int kk) const {
-    const LanePosition at = by_row(lane_);
-    ldmatrix(x, static_cast<const char*>(tile) +
-                    halves_offset<kRows>(first_row + at.row, 2 * kk + at.piece));
+  // Where this lane's row of a 16 x 16 block of a half's first channels lies, for ldmatrix; of the
+  // next block it lies at next(place, 1), and so on.
+  __device__ __forceinline__ uint32_t block(const void* half, int first_row,
+                                            const LanePosition& x) const {
+    return at(half) + row_offset(first_row + x.row, x.piece);
+  }
+  static __device__ __forceinline__ uint32_t next(uint32_t place, int blocks) {
+    return place ^ (blocks * 2 * kPiece);
   }
 
-  // d += a b^T for 16 rows of a and of b.
+  // d += a b^T for 16 rows of a, loaded by row, and of b, loaded by column.
   static __device__ __forceinline__ void multiply(Square& d, const uint32_t (&a)[4],
                                                   const uint32_t (&b)[4]) {
-    mma<Elem>(d[0], a, b[0], b[2]);
-    mma<Elem>(d[1], a, b[1], b[3]);
-  }
-
-  // In lanes with lane % 4 == lane / 8: the diagonal's elements lane / 4 and lane / 4 + 8.
-  __device__ __forceinline__ float2 diagonal(const Square& d) const {
-    const bool odd = lane_ & 4;
-    return {odd ? d[0][1] : d[0][0], odd ? d[1][3] : d[1][2]};
+    mma<Elem>(d[0], a, b[0], b[1]);
+    mma<Elem>(d[1], a, b[2], b[3]);
   }
 
   __device__ __forceinline__ void plain_products(Square& A, Square& M, const Factors& f) const {
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t k_place = block(f.bars[half], 0, by_row(lane_));
+      const uint32_t q_place = block(f.bars[half], kChunk, by_row(lane_));
+      const uint32_t hat_place = block(f.k_hat[half], 0, by_column(lane_));
 #pragma unroll
-    for (int kk = 0; kk < kChannels / 16; ++kk) {
-      uint32_t k_bar[4], q_bar[4], k_hat[4];
-      load<2 * kChunk>(k_bar, f.bars, 0, kk);
-      load<2 * kChunk>(q_bar, f.bars, kChunk, kk);
-      load<kChunk>(k_hat, f.k_hat, 0, kk);
-      multiply(A, k_bar, k_hat);
-      multiply(M, q_bar, k_hat);
+      for (int i = 0; i < kHalf / 16; ++i) {
+        uint32_t k_bar[4], q_bar[4], k_hat[4];
+        ptx::ldmatrix_at(k_bar, next(k_place, i));
+        ptx::ldmatrix_at(q_bar, next(q_place, i));
+        ptx::ldmatrix_at(k_hat, next(hat_place, i));
+        multiply(A, k_bar, k_hat);
+        multiply(M, q_bar, k_hat);
+      }
     }
   }
 
+  // Four channels of token t, 4 lane and on.
   template <class G>
   __device__ __forceinline__ float4 load_gate(const char* g, int t) const {
-    const G* x = reinterpret_cast<const G*>(g) + t * kChannels + 4 * lane_;
     if constexpr (sizeof(G) == 4) {
-      return *reinterpret_cast<const float4*>(x);
+      return *(reinterpret_cast<const float4*>(g + t * kChannels * sizeof(float)) + lane_);
     } else {
-      const uint2 bits = *reinterpret_cast<const uint2*>(x);
+      const char* half = g + lane_ / 16 * sizeof(Raw::k[0]);
+      const uint2 bits = *reinterpret_cast<const uint2*>(
+          half + row_offset(t, lane_ % 16 / 2) + lane_ % 2 * 8);
       const float2 low = ElementTraits<G>::unpack(bits.x), high = ElementTraits<G>::unpack(bits.y);
       return {low.x, low.y, high.x, high.y};
     }
@@ -112,15 +124,15 @@ class SquareWarp {
             decay_of<kGate>(x.z, params, shift.z), decay_of<kGate>(x.w, params, shift.w)};
   }
 
-  // Turns g into exp(g) in fp32 where it lies. Row t takes the place of 16-bit rows 2 t and 2 t + 1:
-  // descending, they have been read.
-  __device__ __forceinline__ void decays_in_place(char* g, int rows) const {
+  // exp(g) in fp32, 128 channels a token: of tokens 0-7 to low, of tokens 8-15 to high.
+  __device__ __forceinline__ void store_decays(char* low, char* high, const char* g,
+                                               int rows) const {
     const DecayParams params = load_decay_params(p_, w_.hv);
     const float4 shift = {
         load_shift(p_, params, w_.hv, 4 * lane_), load_shift(p_, params, w_.hv, 4 * lane_ + 1),
         load_shift(p_, params, w_.hv, 4 * lane_ + 2), load_shift(p_, params, w_.hv, 4 * lane_ + 3)};
 #pragma unroll 1
-    for (int t = kChunk - 1; t >= 0; --t) {
+    for (int t = 0; t < kChunk; ++t) {
       float4 x = p_.g.dtype == DType::kF32    ? load_gate<float>(g, t)
                  : p_.g.dtype == DType::kBF16 ? load_gate<__nv_bfloat16>(g, t)
                                               : load_gate<__half>(g, t);
@@ -132,8 +144,8 @@ class SquareWarp {
         x = activate<Gate::kGiven>(x, params, shift);
       }
       if (t >= rows) x = {1.f, 1.f, 1.f, 1.f};
-      __syncwarp();
-      *(reinterpret_cast<float4*>(g + t * kChannels * 4) + lane_) = x;
+      char* to = (t < 8 ? low : high) + t % 8 * kChannels * sizeof(float);
+      *(reinterpret_cast<float4*>(to) + lane_) = x;
     }
     __syncwarp();
   }
@@ -141,22 +153,27 @@ class SquareWarp {
   // A and M for any gate: at level `half`, tokens in the upper half of a block of 2 half tokens meet
   // those in its lower half, with the decay split at the middle of the block, so that both parts are
   // products of numbers <= 1.
-  __device__ __forceinline__ void steep_products(Square& A, Square& M, Raw& raw, int rows) const {
-    decays_in_place(raw.g, rows);
+  __device__ __forceinline__ void steep_products(Square& A, Square& M, Raw& raw, Factors& f,
+                                                 int rows) const {
+    // fp32 gates are replaced where they lie; others leave half of their room free, and k_hat's is.
+    constexpr int kHalfBytes = sizeof(raw.g) / 2;
+    char* low = p_.g.dtype == DType::kF32 ? raw.g : raw.g + kHalfBytes;
+    char* high = p_.g.dtype == DType::kF32 ? raw.g + kHalfBytes : reinterpret_cast<char*>(f.k_hat);
+    store_decays(low, high, raw.g, rows);
 #pragma unroll 1
     for (int half = 1; half < kChunk; half *= 2) {
       Square level_A = {}, level_M = {};
 #pragma unroll 1
       for (int kk = 0; kk < kChannels / 16; ++kk) {
         uint32_t k[4], q[4];
-        load<kChunk>(k, raw.k, 0, kk);
-        load<kChunk>(q, raw.q, 0, kk);
+        ptx::ldmatrix_at(k, next(block(raw.k[kk / 4], 0, by_row(lane_)), kk % 4));
+        ptx::ldmatrix_at(q, next(block(raw.q[kk / 4], 0, by_row(lane_)), kk % 4));
         // Element [r][c] is token lane / 4 + 8 r, channels 16 kk + 2 (lane % 4) + {0, 1, 8, 9}.
         float before[2][4], after[2][4], block[2][4];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float* e = reinterpret_cast<const float*>(raw.g) +
-                           (lane_ / 4 + 8 * r) * kChannels + 16 * kk + 2 * (lane_ % 4);
+          const float* e = reinterpret_cast<const float*>(r == 0 ? low : high) +
+                           lane_ / 4 * kChannels + 16 * kk + 2 * (lane_ % 4);
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
             before[r][c] = block[r][c] = e[(c / 2) * 8 + (c & 1)];
@@ -193,8 +210,9 @@ class SquareWarp {
           k_split[i] = Traits::pack(ki.x * f0, ki.y * f1);
           q_split[i] = Traits::pack(qi.x * f0, qi.y * f1);
         }
-        multiply(level_A, k_split, k_split);
-        multiply(level_M, q_split, k_split);
+        const uint32_t k_right[4] = {k_split[0], k_split[2], k_split[1], k_split[3]};
+        multiply(level_A, k_split, k_right);
+        multiply(level_M, q_split, k_right);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -213,52 +231,67 @@ class SquareWarp {
   __device__ __forceinline__ void make(int chunk, const Cursor<kRaw>& raw_at,
                                        const Cursor<kSlots>& slot, uint32_t beta_bits) const {
     Raw& raw = s_.raw[raw_at.at];
-    const Factors& factors = s_.factors[slot.at];
+    Factors& factors = s_.factors[slot.at];
     Squares& to = s_.squares[slot.at];
     Scratch& scratch = s_.scratch[warp_];
-    const int rows = static_cast<int>(min(w_.tokens - int64_t{chunk} * kChunk, int64_t{kChunk}));
+    const int rows = min(tokens_ - chunk * kChunk, kChunk);
 
-    ptx::mbarrier_wait_suspended(&s_.raw_full[raw_at.at], raw_at.parity);
-    Square kk = {}, qq = {}, qk = {};
+    ptx::mbarrier_wait_at(at(&s_.raw_full[raw_at.at]), raw_at.parity);
+    // Of eight tokens each: q and, below it, k times k; and times q.
+    float by_k[2][4] = {}, by_q[2][4] = {};
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      // As left operand, lanes 0-7 and 16-23 load rows of q and the others of k; as right operand,
+      // lanes 0-15 load rows of k and the others of q.
+      const uint32_t k_half = at(raw.k[half]), q_half = at(raw.q[half]);
+      const uint32_t left = (lane_ & 8 ? k_half : q_half) + row_offset(lane_ & 7, lane_ >> 4);
+      const uint32_t right =
+          (lane_ & 16 ? q_half : k_half) + row_offset(lane_ & 7, (lane_ >> 3) & 1);
 #pragma unroll
-    for (int i = 0; i < kChannels / 16; ++i) {
-      uint32_t k[4], q[4];
-      load<kChunk>(k, raw.k, 0, i);
-      load<kChunk>(q, raw.q, 0, i);
-      multiply(kk, k, k);
-      multiply(qq, q, q);
-      multiply(qk, q, k);
-    }
-    const float2 k_square = diagonal(kk), q_square = diagonal(qq), q_k = diagonal(qk);
-
-    ptx::mbarrier_wait_suspended(&s_.factors_full[slot.at], slot.parity);
-    if (lane_ % 4 == lane_ / 8) {
+      for (int i = 0; i < kHalf / 16; ++i) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int t = lane_ / 4 + 8 * i;
-        const bool inside = t < rows;
-        float rk = 1.f, rq = 1.f;
-        if (p_.l2norm) {
-          rk = rsqrtf((i == 0 ? k_square.x : k_square.y) + 1e-6f);
-          rq = rsqrtf((i == 0 ? q_square.x : q_square.y) + 1e-6f);
+        for (int h = 0; h < 2; ++h) {
+          uint32_t a[4], b[4];
+          ptx::ldmatrix_at(a, next(left, i) + h * 8 * kRowBytes);
+          ptx::ldmatrix_at(b, next(right, i) + h * 8 * kRowBytes);
+          mma<Elem>(by_k[h], a, b[0], b[1]);
+          mma<Elem>(by_q[h], a, b[2], b[3]);
         }
+      }
+    }
+    ptx::mbarrier_wait_at(at(&s_.factors_full[slot.at]), slot.parity);
+    const bool steep = to.steep[0] | to.steep[1] | to.steep[2] | to.steep[3];
+    if (!steep) ptx::mbarrier_arrive_at(at(&s_.raw_empty[raw_at.at]));
+    // The lanes that have the diagonals' elements lane / 4.
+    if (lane_ % 4 == lane_ / 8) {
+      const bool odd = lane_ & 4;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int t = lane_ / 4 + 8 * h;
+        const bool inside = t < rows;
+        const float qk = odd ? by_k[h][1] : by_k[h][0], kk = odd ? by_k[h][3] : by_k[h][2];
+        const float qq = odd ? by_q[h][1] : by_q[h][0];
+        const float rk = p_.l2norm ? ptx::rsqrt(kk + 1e-6f) : 1.f;
+        const float rq = p_.l2norm ? ptx::rsqrt(qq + 1e-6f) : 1.f;
         to.rk[t] = inside ? rk : 0.f;
         to.rq[t] = inside ? p_.scale * rq : 0.f;
-        to.M_diagonal[t] = inside ? (i == 0 ? q_k.x : q_k.y) : 0.f;
+        to.M_diagonal[t] = inside ? qk : 0.f;
       }
     }
     float beta = bits_to_float(__shfl_sync(~0u, beta_bits, lane_ % kChunk), p_.beta.dtype);
-    beta = lane_ % kChunk < rows ? beta_activation(beta, p_.beta_mode) : 0.f;
+    beta = lane_ % kChunk < rows ? fast_beta_activation(beta, p_.beta_mode) : 0.f;
     if (lane_ < kChunk) scratch.beta[lane_] = beta;
     __syncwarp();
+    if (lane_ < kChunk) to.T_diagonal[lane_] = to.rk[lane_] * beta;
 
     Square A = {}, M = {};
-    if (to.steep[0] | to.steep[1]) {
-      steep_products(A, M, raw, rows);
+    if (steep) {
+      steep_products(A, M, raw, factors, rows);
+      ptx::fence_async_proxy();  // fp32 gates were written over, and the copy engine writes next
+      ptx::mbarrier_arrive_at(at(&s_.raw_empty[raw_at.at]));
     } else {
       plain_products(A, M, factors);
     }
-    ptx::mbarrier_arrive(&s_.raw_empty[raw_at.at]);
 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -277,14 +310,18 @@ class SquareWarp {
       }
     }
     __syncwarp();
-    invert_triangle(to.T, to.T_diagonal, scratch.A, to.rk, beta, lane_);
-    ptx::mbarrier_arrive(&s_.full[slot.at]);
+    invert_triangle(to.T, scratch.A, to.rk, scratch.beta, lane_);
+    ptx::mbarrier_arrive_at(at(&s_.full[slot.at]));
   }
 
   const Problem& p_;
   const Work& w_;
   Shared<Cfg>& s_;
+  Loader<Cfg> loader_;
+  uint32_t base_;
   int warp_, lane_;
+  int tokens_, chunks_;
+  int64_t first_beta_;
 };
 
 }  // namespace flashkda::cuda::sm90::prefill

@@ -22,14 +22,17 @@ __device__ __forceinline__ int halves_offset(int row, int piece) {
   return (piece / 8) * kRows * kRowBytes + row_offset(row, piece % 8);
 }
 
-// A tile of 128-byte rows whose swizzle begins at a multiple of 1024 bytes. stride_leading: bytes
-// between blocks of 64 columns where the columns are N.
-__device__ __forceinline__ uint64_t make_descriptor(const void* tile, int stride_leading) {
-  constexpr uint64_t kSwizzle128 = 1;
-  constexpr uint64_t kEightRows = 8 * kRowBytes;
-  const uint64_t address = ptx::smem_address(tile);
-  return (address >> 4 & 0x3fff) | static_cast<uint64_t>(stride_leading >> 4) << 16 |
-         (kEightRows >> 4) << 32 | kSwizzle128 << 62;
+// The upper half of a descriptor: rows of 128 bytes, swizzled so, groups of eight of them adjacent.
+inline constexpr uint32_t kDescriptorUpper = (8 * kRowBytes) >> 4 | 1u << 30;
+
+// A tile whose swizzle begins at a multiple of 1024 bytes, from `address` on. stride: bytes between
+// blocks of 64 columns where the columns are N.
+__device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t stride) {
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};"
+      : "=l"(descriptor)
+      : "r"((address >> 4 & 0x3fff) | (stride >> 4) << 16), "r"(kDescriptorUpper));
+  return descriptor;
 }
 
 }  // namespace flashkda::cuda::sm90::prefill
