@@ -22,7 +22,7 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Waits in hardware, for a bounded time, before it asks again.
+// Waits until the phase with this parity has completed.
 __device__ __forceinline__ void mbarrier_wait_at(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"

@@ -34,7 +34,6 @@ class Chain {
     float S[kTiles][4];
     load_state(S);
     Cursor<kSlots> slot(0);
-    Cursor<kValues> values(0);
     Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
               (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + warp_ * 16 +
               lane_ % 2 * (kPiece / sizeof(Elem));
@@ -44,9 +43,8 @@ class Chain {
     int left = static_cast<int>(w_.tokens);
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c, left -= kChunk) {
-      step(S, slot, values, o, left);
+      step(S, slot, o, left);
       slot.advance(1);
-      values.advance(1);
       o += stride;
     }
     if (p_.final_state.ptr != nullptr) store_state(S);
@@ -107,17 +105,6 @@ class Chain {
     a[3] = Traits::pack(right[2], right[3]);
   }
 
-  // Zeroes what v, as ldmatrix transposes it, holds of tokens from `left` on.
-  static __device__ __forceinline__ void keep_tokens(uint32_t (&v)[4], int token, int left) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int kept = left - half * 8 - token;
-      const uint32_t mask = kept >= 2 ? 0xffffffffu : kept == 1 ? 0xffffu : 0u;
-      v[half] &= mask;
-      v[2 + half] &= mask;
-    }
-  }
-
   // d = S^T [k_bar; q_bar]^T: tiles 0, 1 are k_bar S, tiles 2, 3 q_bar S.
   __device__ __forceinline__ void start_state_product(float (&d)[4][4],
                                                       const float (&S)[kTiles][4],
@@ -126,11 +113,12 @@ class Chain {
     uint32_t a[kTiles / 2][4];
 #pragma unroll
     for (int kk = 0; kk < kTiles / 2; ++kk) to_operand(a[kk], S[2 * kk], S[2 * kk + 1]);
-    const uint32_t bars = at(f.bars);
+    const uint32_t bars = descriptor_address(at(f.bars));
     cute::warpgroup_arrive();
 #pragma unroll
     for (int kk = 0; kk < kTiles / 2; ++kk) {
-      const uint64_t b = make_descriptor(bars + kk / 4 * sizeof(f.bars[0]) + kk % 4 * 2 * kPiece, 0);
+      const uint64_t b =
+          make_descriptor(bars + kk / 4 * sizeof(f.bars[0]) / kPiece + kk % 4 * 2, 0);
       Product::fma(a[kk][0], a[kk][1], a[kk][2], a[kk][3], b, d[0][0], d[0][1], d[0][2], d[0][3],
                    d[1][0], d[1][1], d[1][2], d[1][3], d[2][0], d[2][1], d[2][2], d[2][3], d[3][0],
                    d[3][1], d[3][2], d[3][3],
@@ -143,7 +131,7 @@ class Chain {
   __device__ __forceinline__ void start_update(float (&S)[kTiles][4], const uint32_t (&u)[4],
                                                const Factors& f) const {
     using Product = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
-    const uint64_t b = make_descriptor(at(f.k_tilde), sizeof(f.k_tilde[0]));
+    const uint64_t b = make_descriptor(descriptor_address(at(f.k_tilde)), sizeof(f.k_tilde[0]));
 #define FLASHKDA_TILE(n) S[n][0], S[n][1], S[n][2], S[n][3]
     Product::fma(u[0], u[1], u[2], u[3], b, FLASHKDA_TILE(0), FLASHKDA_TILE(1), FLASHKDA_TILE(2),
                  FLASHKDA_TILE(3), FLASHKDA_TILE(4), FLASHKDA_TILE(5), FLASHKDA_TILE(6),
@@ -154,101 +142,91 @@ class Chain {
     cute::warpgroup_commit_batch();
   }
 
-  __device__ __forceinline__ void step(float (&S)[kTiles][4], const Cursor<kSlots>& slot,
-                                       const Cursor<kValues>& values, Elem* to,
+  // A float of each of the lane's tokens 2 (lane % 4) + {0, 1} and 8 + ...
+  __device__ __forceinline__ float4 of_tokens(const float (&x)[kChunk]) const {
+    return reinterpret_cast<const float4*>(x)[lane_ % 4];
+  }
+
+  static __device__ __forceinline__ void scale(float (&x)[4], float even, float odd) {
+    x[0] *= even;
+    x[1] *= odd;
+    x[2] *= even;
+    x[3] *= odd;
+  }
+
+  static __device__ __forceinline__ void fence(float (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(x[i]);
+  }
+
+  __device__ __forceinline__ void step(float (&S)[kTiles][4], const Cursor<kSlots>& slot, Elem* to,
                                        int left) const {
     const Factors& factors = s_.factors[slot.at];
     const Squares& squares = s_.squares[slot.at];
-    const int lane = ptx::opaque_lane(lane_);
-    const LanePosition rows = by_row(lane), columns = by_column(lane);
-    const int token = (lane % 4) * 2;  // and the next, of each half of the chunk
-    ptx::mbarrier_wait_at(at(&s_.factors_full[slot.at]), slot.parity);
+    const LanePosition rows = by_row(lane_), columns = by_column(lane_);
+    ptx::mbarrier_wait_at(at(&s_.full[slot.at]), slot.parity);
 
     float d[4][4];
     start_state_product(d, S, factors);
-    ptx::mbarrier_wait_at(at(&s_.full[slot.at]), slot.parity);
-    ptx::mbarrier_wait_at(at(&s_.values_full[values.at]), values.parity);
     uint32_t v[4], T[4], M[4];
     const int square = square_offset(columns.row, columns.piece);
-    ptx::ldmatrix_trans_at(v, at(s_.values[values.at].v[warp_ / 4]) +
+    ptx::ldmatrix_trans_at(v, at(s_.values[slot.at].v[warp_ / 4]) +
                                   row_offset(rows.row, warp_ % 4 * 2 + rows.piece));
     ptx::ldmatrix_at(T, at(squares.T) + square);
     ptx::ldmatrix_at(M, at(squares.M) + square);
-    const float2 rk[2] = {*reinterpret_cast<const float2*>(squares.rk + token),
-                          *reinterpret_cast<const float2*>(squares.rk + 8 + token)};
+    const float4 rk = of_tokens(squares.rk), T_diagonal = of_tokens(squares.T_diagonal);
     cute::warpgroup_wait<0>();
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(d[n][i]);
-    }
+    for (int n = 0; n < 4; ++n) fence(d[n]);
 
-    // v's rows past the sequence's end are another's, and may be anything.
-    if (left < kChunk) keep_tokens(v, token, left);
+    // Tiles 0 and 1 of d become X, then U; tiles 2 and 3 O.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float2 lower = Traits::unpack(v[half]), upper = Traits::unpack(v[2 + half]);
-      d[half][0] = lower.x - rk[half].x * d[half][0];
-      d[half][1] = lower.y - rk[half].y * d[half][1];
-      d[half][2] = upper.x - rk[half].x * d[half][2];
-      d[half][3] = upper.y - rk[half].y * d[half][3];
+      const float even = half == 0 ? rk.x : rk.z, odd = half == 0 ? rk.y : rk.w;
+      d[half][0] = lower.x - even * d[half][0];
+      d[half][1] = lower.y - odd * d[half][1];
+      d[half][2] = upper.x - even * d[half][2];
+      d[half][3] = upper.y - odd * d[half][3];
     }
     uint32_t x[4], u[4];
     to_operand(x, d[0], d[1]);
+    scale(d[0], T_diagonal.x, T_diagonal.y);
+    scale(d[1], T_diagonal.z, T_diagonal.w);
+    mma<Elem>(d[0], x, T[0], T[1]);
+    mma<Elem>(d[1], x, T[2], T[3]);
+    // Fills the latencies of the way from X to U. Earlier, while the product is under way, the
+    // compiler would wait for it before it touched S.
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 diagonal =
-          *reinterpret_cast<const float2*>(squares.T_diagonal + half * 8 + token);
-      d[half][0] *= diagonal.x;
-      d[half][1] *= diagonal.y;
-      d[half][2] *= diagonal.x;
-      d[half][3] *= diagonal.y;
-      mma<Elem>(d[half], x, T[2 * half], T[2 * half + 1]);
+    for (int n = 0; n < kTiles; n += 2) {
+      const float4 decay =
+          reinterpret_cast<const float4*>(squares.decay + lane_ % 4 * kDecayStride)[n / 2];
+      scale(S[n], decay.x, decay.y);
+      scale(S[n + 1], decay.z, decay.w);
     }
     to_operand(u, d[0], d[1]);
-    // Fills the latencies of the way from X to U. Earlier, while the product is under way, the compiler
-    // would wait for it before it touched S.
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const float2 decay = *reinterpret_cast<const float2*>(squares.decay + n * 8 + token);
-      S[n][0] *= decay.x;
-      S[n][1] *= decay.y;
-      S[n][2] *= decay.x;
-      S[n][3] *= decay.y;
-    }
-
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(S[n][i]);
-    }
+    for (int n = 0; n < kTiles; ++n) fence(S[n]);
     cute::warpgroup_arrive();
     start_update(S, u, factors);
 
+    const float4 M_diagonal = of_tokens(squares.M_diagonal), rq = of_tokens(squares.rq);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float2 diagonal =
-          *reinterpret_cast<const float2*>(squares.M_diagonal + half * 8 + token);
-      const float2 rq = *reinterpret_cast<const float2*>(squares.rq + half * 8 + token);
-      float(&o)[4] = d[2 + half];
-      o[0] += diagonal.x * d[half][0];
-      o[1] += diagonal.y * d[half][1];
-      o[2] += diagonal.x * d[half][2];
-      o[3] += diagonal.y * d[half][3];
-      mma<Elem>(o, u, M[2 * half], M[2 * half + 1]);
-      o[0] *= rq.x;
-      o[1] *= rq.y;
-      o[2] *= rq.x;
-      o[3] *= rq.y;
+      const float even = half == 0 ? M_diagonal.x : M_diagonal.z;
+      const float odd = half == 0 ? M_diagonal.y : M_diagonal.w;
+      d[2 + half][0] += even * d[half][0];
+      d[2 + half][1] += odd * d[half][1];
+      d[2 + half][2] += even * d[half][2];
+      d[2 + half][3] += odd * d[half][3];
+      mma<Elem>(d[2 + half], u, M[2 * half], M[2 * half + 1]);
     }
+    scale(d[2], rq.x, rq.y);
+    scale(d[3], rq.z, rq.w);
     store_output(d[2], d[3], to, left);
-    ptx::mbarrier_arrive_at(at(&s_.values_empty[values.at]));
     cute::warpgroup_wait<0>();
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(S[n][i]);
-    }
+    for (int n = 0; n < kTiles; ++n) fence(S[n]);
     ptx::mbarrier_arrive_at(at(&s_.empty[slot.at]));
   }
 
@@ -257,7 +235,7 @@ class Chain {
                                                Elem* to, int left) const {
     char* tile = reinterpret_cast<char*>(s_.o[warp_]);
     __syncwarp();
-    const int lane = ptx::opaque_lane(lane_);
+    const int lane = lane_;
     ptx::stmatrix_trans_at(at(tile) + square_offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1),
                            Traits::pack(early[0], early[1]), Traits::pack(early[2], early[3]),
                            Traits::pack(late[0], late[1]), Traits::pack(late[2], late[3]));

@@ -24,15 +24,16 @@ struct Config {
                 "a multiprocessor has 512 registers for each of 128 threads");
 };
 
-inline constexpr int kSlots = 6;   // of factors
-inline constexpr int kRaw = 4;     // of q, k and g
-inline constexpr int kValues = 8;  // of v, which waits for the chain
-inline constexpr int kAhead = 2;   // how many chunks before its square warp's turn a chunk is loaded
+inline constexpr int kSlots = 6;  // of factors and of v
+inline constexpr int kRaw = 4;    // of q, k and g
+inline constexpr int kAhead = 2;  // how many chunks before its square warp's turn a chunk is loaded
 
 // A wait on a parity is only sound if the barrier is not a whole phase further behind: who waits for
-// a slot's use has to know of the use before it. A square warp therefore loads the same slots again
-// and again, and factor groups, taking turns, meet the same slots too.
-static_assert(kRaw % kSquareWarps == 0 && kValues % kSquareWarps == 0);
+// a slot's use has to know of the use before it. A square warp therefore loads the same raw slots
+// again and again, and factor groups, taking turns, meet the same slots too. Of v's slots a square
+// warp knows because it has finished a chunk whose factors could only be made when the chain had
+// read the slot's use before.
+static_assert(kRaw % kSquareWarps == 0 && kSquareWarps < kSlots);
 static_assert(kRaw % 2 == 0 && kSlots % 2 == 0, "there are one or two factor groups");
 
 // A tile is stored in halves of 64 channels, whose rows of 128 bytes are swizzled as the copy engine

@@ -85,21 +85,21 @@ class FactorWarp {
     }
   }
 
-  // e = exp(g) of the lane's tokens. place: of the lane's channels in row i of a half.
+  // The gate's input of the lane's tokens. place: of the lane's channels in row i of a half.
   template <class Place>
-  __device__ __forceinline__ void load_decays(float (&e)[kSpan][kOwn], const char* g,
-                                              const Place& place) const {
+  __device__ __forceinline__ void load_gate(float (&x)[kSpan][kOwn], const char* g,
+                                            const Place& place) const {
     if (p_.g.dtype == DType::kF32) {
       const float4* row =
           reinterpret_cast<const float4*>(g) +
           (lane_ / 8 * kSpan * kChannels + warp_ * 32 + lane_ % 8 * kOwn) / kOwn;
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) {
-        const float4 x = row[i * kChannels / kOwn];
-        e[i][0] = x.x;
-        e[i][1] = x.y;
-        e[i][2] = x.z;
-        e[i][3] = x.w;
+        const float4 y = row[i * kChannels / kOwn];
+        x[i][0] = y.x;
+        x[i][1] = y.y;
+        x[i][2] = y.z;
+        x[i][3] = y.w;
       }
     } else {
       const char* half = g + warp_ / 2 * sizeof(Raw::k[0]);
@@ -108,12 +108,16 @@ class FactorWarp {
       for (int i = 0; i < kSpan; ++i) bits[i] = *reinterpret_cast<const uint2*>(half + place(i));
       if (p_.g.dtype == DType::kBF16) {
 #pragma unroll
-        for (int i = 0; i < kSpan; ++i) unpack<__nv_bfloat16>(e[i], bits[i]);
+        for (int i = 0; i < kSpan; ++i) unpack<__nv_bfloat16>(x[i], bits[i]);
       } else {
 #pragma unroll
-        for (int i = 0; i < kSpan; ++i) unpack<__half>(e[i], bits[i]);
+        for (int i = 0; i < kSpan; ++i) unpack<__half>(x[i], bits[i]);
       }
     }
+  }
+
+  // From the gate's input to exp(g).
+  __device__ __forceinline__ void activate_all(float (&e)[kSpan][kOwn]) const {
     switch (p_.gate) {
       case Gate::kBounded:
         activate<Gate::kBounded>(e);
@@ -138,8 +142,6 @@ class FactorWarp {
     const auto place = [&](int i) { return corner + i * kRowBytes + (piece ^ i) * kPiece; };
 
     ptx::mbarrier_wait_at(at(&s_.raw_full[raw_at.at]), raw_at.parity);
-    float e[kSpan][kOwn];
-    load_decays(e, raw.g, place);
     const char* k_half = reinterpret_cast<const char*>(raw.k[half]);
     const char* q_half = reinterpret_cast<const char*>(raw.q[half]);
     uint2 k[kSpan], q[kSpan];
@@ -148,7 +150,10 @@ class FactorWarp {
       k[i] = *reinterpret_cast<const uint2*>(k_half + place(i));
       q[i] = *reinterpret_cast<const uint2*>(q_half + place(i));
     }
+    float e[kSpan][kOwn];
+    load_gate(e, raw.g, place);
     ptx::mbarrier_arrive_at(at(&s_.raw_empty[raw_at.at]));
+    activate_all(e);
     if (left < kChunk) {
 #pragma unroll 1
       for (int t = left; t < kChunk; ++t) {
@@ -180,8 +185,10 @@ class FactorWarp {
 
     ptx::mbarrier_wait_at(at(&s_.empty[slot.at]), slot.parity ^ 1);
     if (lane_ < 8) {
-      *reinterpret_cast<float4*>(squares.decay + warp_ * 32 + lane_ * kOwn) =
-          make_float4(decay[0], decay[1], decay[2], decay[3]);
+      float* place = squares.decay + decay_place(warp_ * 32 + lane_ * kOwn);
+      constexpr int kNext = decay_place(2) - decay_place(0);
+      *reinterpret_cast<float2*>(place) = make_float2(decay[0], decay[1]);
+      *reinterpret_cast<float2*>(place + kNext) = make_float2(decay[2], decay[3]);
     }
     if (lane_ == 0) squares.steep[warp_] = steep;
 

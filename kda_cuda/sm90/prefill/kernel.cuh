@@ -29,11 +29,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       ptx::mbarrier_init(&s.raw_full[i], 1);
       ptx::mbarrier_init(&s.raw_empty[i], 5 * 32);  // factor warps and a square warp
     }
-    for (int i = 0; i < kValues; ++i) {
-      ptx::mbarrier_init(&s.values_full[i], 1);
-      ptx::mbarrier_init(&s.values_empty[i], kChainThreads);
-    }
     for (int i = 0; i < kSlots; ++i) {
+      ptx::mbarrier_init(&s.values_full[i], 1);
       ptx::mbarrier_init(&s.factors_full[i], kGroupThreads);
       ptx::mbarrier_init(&s.full[i], 32);
       ptx::mbarrier_init(&s.empty[i], kChainThreads);

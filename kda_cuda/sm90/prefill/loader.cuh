@@ -18,14 +18,36 @@ class Loader {
                     uint32_t base)
       : maps_(maps), w_(w), s_(s), base_(base), wide_gate_(p.g.dtype == DType::kF32) {}
 
-  // By the warp that loads every kSquareWarps-th chunk.
-  __device__ __forceinline__ void load(int chunk) const {
+  // q, k and g, by the warp that loads every kSquareWarps-th chunk.
+  __device__ __forceinline__ void load_raw(int chunk) const {
     if (cute::elect_one_sync()) {
-      const int raw = chunk % kRaw, values = chunk % kValues;
-      ptx::mbarrier_wait_at(at(&s_.raw_empty[raw]), chunk / kRaw & 1 ^ 1);
-      load_raw(s_.raw[raw], at(&s_.raw_full[raw]), chunk);
-      ptx::mbarrier_wait_at(at(&s_.values_empty[values]), chunk / kValues & 1 ^ 1);
-      load_values(s_.values[values], at(&s_.values_full[values]), chunk);
+      const int slot = chunk % kRaw;
+      const Raw& to = s_.raw[slot];
+      const uint32_t full = at(&s_.raw_full[slot]);
+      ptx::mbarrier_wait_at(at(&s_.raw_empty[slot]), chunk / kRaw & 1 ^ 1);
+      ptx::mbarrier_expect(full, (wide_gate_ ? 8 : 6) * kHalfBytes);
+      copy(maps_.g, at(to.g), full, 0, w_.hv, chunk);
+      if (!wide_gate_) copy(maps_.g, at(to.g) + kHalfBytes, full, kHalf, w_.hv, chunk);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        copy(maps_.k, at(to.k[half]), full, half * kHalf, w_.h, chunk);
+        copy(maps_.q, at(to.q[half]), full, half * kHalf, w_.h, chunk);
+      }
+    }
+    __syncwarp();
+  }
+
+  // v, when its chunk is begun: earlier, this would wait for the chain to have read the slot.
+  __device__ __forceinline__ void load_values(int chunk, const Cursor<kSlots>& slot) const {
+    if (cute::elect_one_sync()) {
+      const Values<Cfg>& to = s_.values[slot.at];
+      const uint32_t full = at(&s_.values_full[slot.at]);
+      ptx::mbarrier_wait_at(at(&s_.empty[slot.at]), slot.parity ^ 1);
+      ptx::mbarrier_expect(full, sizeof(to.v));
+#pragma unroll
+      for (int group = 0; group < Cfg::kChainGroups; ++group) {
+        copy(maps_.v, at(to.v[group]), full, w_.v0 + group * kHalf, w_.hv, chunk);
+      }
     }
     __syncwarp();
   }
@@ -41,26 +63,6 @@ class Loader {
                                        int column, int head, int chunk) const {
     ptx::copy_box(&map, to, barrier, column, head, static_cast<int>(w_.begin) + chunk * kChunk,
                   static_cast<int>(w_.row));
-  }
-
-  __device__ __forceinline__ void load_raw(const Raw& to, uint32_t full, int chunk) const {
-    ptx::mbarrier_expect(full, (wide_gate_ ? 8 : 6) * kHalfBytes);
-    copy(maps_.g, at(to.g), full, 0, w_.hv, chunk);
-    if (!wide_gate_) copy(maps_.g, at(to.g) + kHalfBytes, full, kHalf, w_.hv, chunk);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      copy(maps_.k, at(to.k[half]), full, half * kHalf, w_.h, chunk);
-      copy(maps_.q, at(to.q[half]), full, half * kHalf, w_.h, chunk);
-    }
-  }
-
-  __device__ __forceinline__ void load_values(const Values<Cfg>& to, uint32_t full,
-                                              int chunk) const {
-    ptx::mbarrier_expect(full, sizeof(to.v));
-#pragma unroll
-    for (int group = 0; group < Cfg::kChainGroups; ++group) {
-      copy(maps_.v, at(to.v[group]), full, w_.v0 + group * kHalf, w_.hv, chunk);
-    }
   }
 
   const Maps& maps_;

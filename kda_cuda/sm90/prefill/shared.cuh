@@ -29,36 +29,48 @@ struct alignas(1024) Values {
   __nv_bfloat16 v[Cfg::kChainGroups][kChunk][kHalf];
 };
 
+inline constexpr int kDecayStride = kChannels / 4 + 4;  // four lanes read 16 bytes each at once
+
 // The rest of a slot: what the square warps make, and the decay of a chunk.
 struct alignas(128) Squares {
   __nv_bfloat16 T[kChunk * kChunk];  // diag(rk) (I + A)^-1 diag(beta) but for its diagonal
   __nv_bfloat16 M[kChunk * kChunk];  // q k^T with decay, strictly lower, before rq and rk
-  float decay[kChannels];            // exp(G_C)
-  float rk[kChunk];                  // 1 / |k|, or 1
+  float decay[kDecayStride * 4];     // exp(G_C), by decay_place
+  float rk[kChunk];                  // 1 / |k|, or 1; this and the next by token_place
   float rq[kChunk];                  // scale / |q|, or scale
   float T_diagonal[kChunk];          // rk beta
   float M_diagonal[kChunk];          // q k
   int steep[4];                      // whether a channel of this quarter decays too far for k_hat
 };
 
+// A lane of the chain has channels 8 n + 2 (lane % 4) + {0, 1}, all n, and tokens 8 h + 2 (lane % 4) +
+// {0, 1}, both h: what it needs of them lies together.
+__host__ __device__ constexpr int decay_place(int channel) {
+  return channel % 8 / 2 * kDecayStride + channel / 8 * 2 + channel % 2;
+}
+__host__ __device__ constexpr int token_place(int token) {
+  return token % 8 / 2 * 4 + token / 8 * 2 + token % 2;
+}
+
 // A square warp's own.
 struct alignas(16) Scratch {
   float A[kChunk * kTriangleStride];  // strictly lower, by columns
-  float beta[kChunk];
+  float beta[kChunk], rk[kChunk];
 };
 
 template <class Cfg>
 struct Shared {
   Factors factors[kSlots];
   Raw raw[kRaw];
-  Values<Cfg> values[kValues];
+  Values<Cfg> values[kSlots];
   Squares squares[kSlots];
   Scratch scratch[kSquareWarps];
   __nv_bfloat16 o[4 * Cfg::kChainGroups][kChunk * kChunk];  // a chain warp's, on its way out
   uint64_t raw_full[kRaw], raw_empty[kRaw];
-  uint64_t values_full[kValues], values_empty[kValues];
+  uint64_t values_full[kSlots];
   uint64_t factors_full[kSlots];  // all but T and M
-  uint64_t full[kSlots], empty[kSlots];
+  uint64_t full[kSlots];          // v too
+  uint64_t empty[kSlots];
   int sequence;  // what sequence_of_rank found
 };
 

@@ -34,7 +34,7 @@ class SquareWarp {
                     w.hv * p.beta.stride_h) {}
 
   __device__ void run() {
-    for (int c = warp_; c < min(kAhead, chunks_); c += kSquareWarps) loader_.load(c);
+    for (int c = warp_; c < min(kAhead, chunks_); c += kSquareWarps) loader_.load_raw(c);
     Cursor<kRaw> raw(warp_);
     Cursor<kSlots> slot(warp_);
     uint32_t next_beta = load_beta(warp_);
@@ -42,7 +42,8 @@ class SquareWarp {
     for (int c = warp_; c < chunks_; c += kSquareWarps) {
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
-      if (c + kAhead < chunks_) loader_.load(c + kAhead);
+      if (c + kAhead < chunks_) loader_.load_raw(c + kAhead);
+      loader_.load_values(c, slot);
       const uint32_t beta = next_beta;
       if (c + kSquareWarps < chunks_) next_beta = load_beta(c + kSquareWarps);
       make(c, raw, slot, beta);
@@ -228,6 +229,18 @@ class SquareWarp {
     }
   }
 
+  // v's rows past the sequence's end are another's, and may be anything.
+  __device__ __forceinline__ void clear_values(Values<Cfg>& values, int rows) const {
+    constexpr int kPieces = kRowBytes / kPiece;
+#pragma unroll
+    for (int group = 0; group < Cfg::kChainGroups; ++group) {
+      for (int i = rows * kPieces + lane_; i < kChunk * kPieces; i += 32) {
+        reinterpret_cast<uint4*>(values.v[group])[i] = make_uint4(0, 0, 0, 0);
+      }
+    }
+    ptx::fence_async_proxy();  // the copy engine writes here next
+  }
+
   __device__ __forceinline__ void make(int chunk, const Cursor<kRaw>& raw_at,
                                        const Cursor<kSlots>& slot, uint32_t beta_bits) const {
     Raw& raw = s_.raw[raw_at.at];
@@ -273,16 +286,17 @@ class SquareWarp {
         const float qq = odd ? by_q[h][1] : by_q[h][0];
         const float rk = p_.l2norm ? ptx::rsqrt(kk + 1e-6f) : 1.f;
         const float rq = p_.l2norm ? ptx::rsqrt(qq + 1e-6f) : 1.f;
-        to.rk[t] = inside ? rk : 0.f;
-        to.rq[t] = inside ? p_.scale * rq : 0.f;
-        to.M_diagonal[t] = inside ? qk : 0.f;
+        scratch.rk[t] = inside ? rk : 0.f;
+        to.rk[token_place(t)] = inside ? rk : 0.f;
+        to.rq[token_place(t)] = inside ? p_.scale * rq : 0.f;
+        to.M_diagonal[token_place(t)] = inside ? qk : 0.f;
       }
     }
     float beta = bits_to_float(__shfl_sync(~0u, beta_bits, lane_ % kChunk), p_.beta.dtype);
     beta = lane_ % kChunk < rows ? fast_beta_activation(beta, p_.beta_mode) : 0.f;
     if (lane_ < kChunk) scratch.beta[lane_] = beta;
     __syncwarp();
-    if (lane_ < kChunk) to.T_diagonal[lane_] = to.rk[lane_] * beta;
+    if (lane_ < kChunk) to.T_diagonal[token_place(lane_)] = scratch.rk[lane_] * beta;
 
     Square A = {}, M = {};
     if (steep) {
@@ -296,11 +310,11 @@ class SquareWarp {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int j = column(h, 0);
-      const float rk0 = to.rk[j], rk1 = to.rk[j + 1];
+      const float rk0 = scratch.rk[j], rk1 = scratch.rk[j + 1];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int i = row(2 * r);
-        const float factor = scratch.beta[i] * to.rk[i];
+        const float factor = scratch.beta[i] * scratch.rk[i];
         scratch.A[j * kTriangleStride + i] = j < i ? A[h][2 * r] * factor * rk0 : 0.f;
         scratch.A[(j + 1) * kTriangleStride + i] =
             j + 1 < i ? A[h][2 * r + 1] * factor * rk1 : 0.f;
@@ -310,7 +324,9 @@ class SquareWarp {
       }
     }
     __syncwarp();
-    invert_triangle(to.T, scratch.A, to.rk, scratch.beta, lane_);
+    invert_triangle(to.T, scratch.A, scratch.rk, scratch.beta, lane_);
+    ptx::mbarrier_wait_at(at(&s_.values_full[slot.at]), slot.parity);
+    if (rows < kChunk) clear_values(s_.values[slot.at], rows);
     ptx::mbarrier_arrive_at(at(&s_.full[slot.at]));
   }
 

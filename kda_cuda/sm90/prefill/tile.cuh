@@ -25,14 +25,16 @@ __device__ __forceinline__ int halves_offset(int row, int piece) {
 // The upper half of a descriptor: rows of 128 bytes, swizzled so, groups of eight of them adjacent.
 inline constexpr uint32_t kDescriptorUpper = (8 * kRowBytes) >> 4 | 1u << 30;
 
-// A tile whose swizzle begins at a multiple of 1024 bytes, from `address` on. stride: bytes between
+// What a descriptor's lower half says of an address in shared memory. Offsets that leave the tile
+// inside its block's shared memory may be added to it, over 16.
+__device__ __forceinline__ uint32_t descriptor_address(uint32_t address) {
+  return address >> 4 & 0x3fff;
+}
+
+// A tile whose swizzle begins at a multiple of 1024 bytes, from an address on. stride: bytes between
 // blocks of 64 columns where the columns are N.
 __device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t stride) {
-  uint64_t descriptor;
-  asm("mov.b64 %0, {%1, %2};"
-      : "=l"(descriptor)
-      : "r"((address >> 4 & 0x3fff) | (stride >> 4) << 16), "r"(kDescriptorUpper));
-  return descriptor;
+  return uint64_t{kDescriptorUpper} << 32 | (address | (stride >> 4) << 16);
 }
 
 }  // namespace flashkda::cuda::sm90::prefill
