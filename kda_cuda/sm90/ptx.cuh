@@ -35,6 +35,45 @@ __device__ __forceinline__ void mbarrier_wait_at(uint32_t barrier, uint32_t pari
       : "memory");
 }
 
+// The same place in the shared memory of a block of the cluster.
+__device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+// Arrivals at another block's barrier order nothing but the arriving block's own accesses: what the
+// blocks exchange is ordered by the copy engine's bytes, and what is released has been read. Cluster
+// scope would flush every store to global memory first, and its waits would drop the L1.
+__device__ __forceinline__ void mbarrier_arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_expect_in_cluster(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(
+                   barrier),
+               "r"(bytes)
+               : "memory");
+}
+
+// From this block's shared memory to another's, whose barrier counts the bytes.
+__device__ __forceinline__ void copy_in_cluster(uint32_t to, uint32_t from, uint32_t bytes,
+                                                uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;\n" ::
+          : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit elements; each lane gives the address of a row.
 __device__ __forceinline__ void ldmatrix_at(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"

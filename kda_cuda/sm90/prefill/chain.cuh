@@ -12,6 +12,7 @@
 
 #include "../../common/element.cuh"
 #include "../ptx.cuh"
+#include "loader.cuh"
 #include "shared.cuh"
 #include "tile.cuh"
 #include "work.cuh"
@@ -26,14 +27,14 @@ class Chain {
   static constexpr int kTiles = kChannels / 8;  // of the accumulator: eight channels each
 
  public:
-  __device__ Chain(const Problem& p, const Work& w, Shared<Cfg>& s, uint32_t base, int warp,
-                   int lane)
-      : p_(p), w_(w), s_(s), base_(base), lane_(lane), warp_(warp) {}
+  __device__ Chain(const Problem& p, const Maps& maps, const Work& w, Shared<Cfg>& s, uint32_t base,
+                   int warp, int lane)
+      : p_(p), w_(w), s_(s), loader_(p, maps, w, s, base), base_(base), lane_(lane), warp_(warp) {}
 
   __device__ void run() {
     float S[kTiles][4];
     load_state(S);
-    Cursor<kSlots> slot(0);
+    Cursor<Cfg::kSlots> slot(0);
     Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
               (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + warp_ * 16 +
               lane_ % 2 * (kPiece / sizeof(Elem));
@@ -41,9 +42,14 @@ class Chain {
     const int chunks = __shfl_sync(~0u, w_.chunks, 0);
     const int64_t stride = kChunk * p_.o.stride_t;
     int left = static_cast<int>(w_.tokens);
+    const int group = warp_ / 4;
+    const bool loads = warp_ % 4 == 0 && lane_ == 0;
+    if (loads) {
+      for (int c = 0; c < min(Cfg::kSlots, chunks); ++c) loader_.load_values(c, c, group);
+    }
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c, left -= kChunk) {
-      step(S, slot, o, left);
+      step(S, slot, o, left, c);
       slot.advance(1);
       o += stride;
     }
@@ -108,7 +114,7 @@ class Chain {
   // d = S^T [k_bar; q_bar]^T: tiles 0, 1 are k_bar S, tiles 2, 3 q_bar S.
   __device__ __forceinline__ void start_state_product(float (&d)[4][4],
                                                       const float (&S)[kTiles][4],
-                                                      const Factors& f) const {
+                                                      const Slot& f) const {
     using Product = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
     uint32_t a[kTiles / 2][4];
 #pragma unroll
@@ -129,7 +135,7 @@ class Chain {
 
   // S^T += U^T k_tilde.
   __device__ __forceinline__ void start_update(float (&S)[kTiles][4], const uint32_t (&u)[4],
-                                               const Factors& f) const {
+                                               const Slot& f) const {
     using Product = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
     const uint64_t b = make_descriptor(descriptor_address(at(f.k_tilde)), sizeof(f.k_tilde[0]));
 #define FLASHKDA_TILE(n) S[n][0], S[n][1], S[n][2], S[n][3]
@@ -140,6 +146,18 @@ class Chain {
                  FLASHKDA_TILE(15));
 #undef FLASHKDA_TILE
     cute::warpgroup_commit_batch();
+  }
+
+  // Zeroes what v holds of tokens from `left` on: rows past the sequence's end are another's, and may
+  // be anything.
+  __device__ __forceinline__ void keep_tokens(uint32_t (&v)[4], int left) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int kept = left - half * 8 - lane_ % 4 * 2;
+      const uint32_t mask = kept >= 2 ? 0xffffffffu : kept == 1 ? 0xffffu : 0u;
+      v[half] &= mask;
+      v[2 + half] &= mask;
+    }
   }
 
   // A float of each of the lane's tokens 2 (lane % 4) + {0, 1} and 8 + ...
@@ -154,31 +172,58 @@ class Chain {
     x[3] *= odd;
   }
 
+  // Loads v for the chunk that follows the last one in its slot, which all warps of the group have
+  // read by now. at_slot: of the chunk after it.
+  __device__ __forceinline__ void refill_values(int last, const Cursor<Cfg::kSlots>& at_slot) const {
+    const int next = last + Cfg::kSlots;
+    if (warp_ % 4 != 0 || lane_ != 0 || next >= w_.chunks) return;
+    const int group = warp_ / 4;
+    const bool wrapped = at_slot.at == 0;
+    const int slot = wrapped ? Cfg::kSlots - 1 : at_slot.at - 1;
+    ptx::mbarrier_wait_at(at(&s_.values_empty[slot][group]), at_slot.parity ^ wrapped);
+    loader_.load_values(next, slot, group);
+  }
+
+  // Tells the block that makes the slot's chunks.
+  __device__ __forceinline__ void release(int slot) const {
+    __syncwarp();
+    if (lane_ != 0) return;
+    const uint32_t empty = at(&s_.empty[slot / Cfg::kCluster]);
+    if constexpr (Cfg::kCluster > 1) {
+      ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, slot % Cfg::kCluster));
+    } else {
+      ptx::mbarrier_arrive_at(empty);
+    }
+  }
+
   static __device__ __forceinline__ void fence(float (&x)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(x[i]);
   }
 
-  __device__ __forceinline__ void step(float (&S)[kTiles][4], const Cursor<kSlots>& slot, Elem* to,
-                                       int left) const {
-    const Factors& factors = s_.factors[slot.at];
-    const Squares& squares = s_.squares[slot.at];
+  __device__ __forceinline__ void step(float (&S)[kTiles][4], const Cursor<Cfg::kSlots>& at_slot,
+                                       Elem* to, int left, int chunk) const {
+    const Slot& slot = s_.slots[at_slot.at];
+    const int group = warp_ / 4;
     const LanePosition rows = by_row(lane_), columns = by_column(lane_);
-    ptx::mbarrier_wait_at(at(&s_.full[slot.at]), slot.parity);
+    ptx::mbarrier_wait_at(at(&s_.full[at_slot.at]), at_slot.parity);
 
     float d[4][4];
-    start_state_product(d, S, factors);
+    start_state_product(d, S, slot);
+    if (chunk > 0) refill_values(chunk - 1, at_slot);
     uint32_t v[4], T[4], M[4];
     const int square = square_offset(columns.row, columns.piece);
-    ptx::ldmatrix_trans_at(v, at(s_.values[slot.at].v[warp_ / 4]) +
+    ptx::mbarrier_wait_at(at(&s_.values_full[at_slot.at][group]), at_slot.parity);
+    ptx::ldmatrix_trans_at(v, at(&s_.values[at_slot.at][group]) +
                                   row_offset(rows.row, warp_ % 4 * 2 + rows.piece));
-    ptx::ldmatrix_at(T, at(squares.T) + square);
-    ptx::ldmatrix_at(M, at(squares.M) + square);
-    const float4 rk = of_tokens(squares.rk), T_diagonal = of_tokens(squares.T_diagonal);
+    ptx::ldmatrix_at(T, at(slot.T) + square);
+    ptx::ldmatrix_at(M, at(slot.M) + square);
+    const float4 rk = of_tokens(slot.rk), T_diagonal = of_tokens(slot.T_diagonal);
     cute::warpgroup_wait<0>();
 #pragma unroll
     for (int n = 0; n < 4; ++n) fence(d[n]);
 
+    if (left < kChunk) keep_tokens(v, left);
     // Tiles 0 and 1 of d become X, then U; tiles 2 and 3 O.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -189,6 +234,8 @@ class Chain {
       d[half][2] = upper.x - even * d[half][2];
       d[half][3] = upper.y - odd * d[half][3];
     }
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive_at(at(&s_.values_empty[at_slot.at][group]));
     uint32_t x[4], u[4];
     to_operand(x, d[0], d[1]);
     scale(d[0], T_diagonal.x, T_diagonal.y);
@@ -200,7 +247,7 @@ class Chain {
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
       const float4 decay =
-          reinterpret_cast<const float4*>(squares.decay + lane_ % 4 * kDecayStride)[n / 2];
+          reinterpret_cast<const float4*>(slot.decay + lane_ % 4 * kDecayStride)[n / 2];
       scale(S[n], decay.x, decay.y);
       scale(S[n + 1], decay.z, decay.w);
     }
@@ -208,9 +255,9 @@ class Chain {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) fence(S[n]);
     cute::warpgroup_arrive();
-    start_update(S, u, factors);
+    start_update(S, u, slot);
 
-    const float4 M_diagonal = of_tokens(squares.M_diagonal), rq = of_tokens(squares.rq);
+    const float4 M_diagonal = of_tokens(slot.M_diagonal), rq = of_tokens(slot.rq);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float even = half == 0 ? M_diagonal.x : M_diagonal.z;
@@ -227,7 +274,7 @@ class Chain {
     cute::warpgroup_wait<0>();
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) fence(S[n]);
-    ptx::mbarrier_arrive_at(at(&s_.empty[slot.at]));
+    release(at_slot.at);
   }
 
   // O^T goes through shared memory, so that it leaves in rows of 16 bytes.
@@ -248,6 +295,7 @@ class Chain {
   const Problem& p_;
   const Work& w_;
   Shared<Cfg>& s_;
+  Loader<Cfg> loader_;
   uint32_t base_;
   int lane_;
   int warp_;  // of all chain warps: 16 value columns each

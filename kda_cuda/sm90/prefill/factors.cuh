@@ -33,8 +33,9 @@ class FactorWarp {
  public:
   __device__ FactorWarp(const Problem& p, const Work& w, Shared<Cfg>& s, uint32_t base, int warp,
                         int lane)
-      : p_(p), s_(s), base_(base), group_(warp / 4), warp_(warp % 4), lane_(lane),
-        tokens_(static_cast<int>(w.tokens)), chunks_(w.chunks) {
+      : p_(p), s_(s), base_(base), rank_(w.v0 / Cfg::VS), group_(warp / 4), warp_(warp % 4), lane_(lane),
+        tokens_(static_cast<int>(w.tokens)), chunks_(w.chunks),
+        first_(rank_ + group_ * Cfg::kCluster) {
     params_ = load_decay_params(p, w.hv);
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
@@ -44,14 +45,15 @@ class FactorWarp {
 
   __device__ void run() {
     Cursor<kRaw> raw(group_);
-    Cursor<kSlots> slot(group_);
+    Cursor<Cfg::kOwn> own(group_);
 #pragma unroll 1
-    for (int c = group_; c < chunks_; c += Cfg::kFactorGroups) {
+    for (int c = first_; c < chunks_;
+         c += Cfg::kFactorGroups * Cfg::kCluster) {
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
-      make(tokens_ - c * kChunk, raw, slot);
+      make(tokens_ - c * kChunk, raw, own);
       raw.advance(Cfg::kFactorGroups);
-      slot.advance(Cfg::kFactorGroups);
+      own.advance(Cfg::kFactorGroups);
     }
   }
 
@@ -131,10 +133,9 @@ class FactorWarp {
   }
 
   __device__ __forceinline__ void make(int left, const Cursor<kRaw>& raw_at,
-                                       const Cursor<kSlots>& slot) const {
+                                       const Cursor<Cfg::kOwn>& own) const {
     const Raw& raw = s_.raw[raw_at.at];
-    Factors& to = s_.factors[slot.at];
-    Squares& squares = s_.squares[slot.at];
+    Slot& to = s_.slots[own.at * Cfg::kCluster + rank_];
     const int span = lane_ / 8, half = warp_ / 2;
     // Four rows on, the swizzle differs in its third bit: neighbouring spans meet in no bank.
     const int piece = (warp_ % 2 * 4 + lane_ % 8 / 2) ^ (span % 2 * 4);
@@ -183,17 +184,17 @@ class FactorWarp {
     }
     steep = __any_sync(~0u, steep);
 
-    ptx::mbarrier_wait_at(at(&s_.empty[slot.at]), slot.parity ^ 1);
+    ptx::mbarrier_wait_at(at(&s_.empty[own.at]), own.parity ^ 1);
     if (lane_ < 8) {
-      float* place = squares.decay + decay_place(warp_ * 32 + lane_ * kOwn);
+      float* place = to.decay + decay_place(warp_ * 32 + lane_ * kOwn);
       constexpr int kNext = decay_place(2) - decay_place(0);
       *reinterpret_cast<float2*>(place) = make_float2(decay[0], decay[1]);
       *reinterpret_cast<float2*>(place + kNext) = make_float2(decay[2], decay[3]);
     }
-    if (lane_ == 0) squares.steep[warp_] = steep;
+    if (lane_ == 0) s_.steep[own.at][warp_] = steep;
 
     char* k_tilde = reinterpret_cast<char*>(to.k_tilde[half]);
-    char* k_hat = reinterpret_cast<char*>(to.k_hat[half]);
+    char* k_hat = reinterpret_cast<char*>(s_.hats[own.at].k_hat[half]);
     float inverse[kOwn];
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) inverse[c] = ptx::rcp(decay[c]);
@@ -220,14 +221,15 @@ class FactorWarp {
       store(bars + place(i) + kChunk * kRowBytes, x, before);
     }
     ptx::fence_async_proxy();
-    ptx::mbarrier_arrive_at(at(&s_.factors_full[slot.at]));
+    ptx::mbarrier_arrive_at(at(&s_.factors_full[own.at]));
   }
 
   const Problem& p_;
   Shared<Cfg>& s_;
   uint32_t base_;
+  int rank_;  // of the block in its cluster
   int group_, warp_, lane_;
-  int tokens_, chunks_;
+  int tokens_, chunks_, first_;
   DecayParams params_;
   float shift_[kOwn];
 };

@@ -12,7 +12,7 @@
 namespace flashkda::cuda::sm90::prefill {
 
 template <class Cfg>
-__global__ void __launch_bounds__(Cfg::kThreads, 1)
+__global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kThreads, 1)
     prefill_kernel(const __grid_constant__ Problem p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char smem[];
   Shared<Cfg>& s = *reinterpret_cast<Shared<Cfg>*>(smem);
@@ -24,24 +24,29 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const uint32_t base = ptx::smem_address(smem);
 
   if (threadIdx.x == 0) {
-    constexpr int kChainThreads = Cfg::kChainGroups * kGroupThreads;
     for (int i = 0; i < kRaw; ++i) {
       ptx::mbarrier_init(&s.raw_full[i], 1);
       ptx::mbarrier_init(&s.raw_empty[i], 5 * 32);  // factor warps and a square warp
     }
-    for (int i = 0; i < kSlots; ++i) {
-      ptx::mbarrier_init(&s.values_full[i], 1);
+    for (int i = 0; i < Cfg::kOwn; ++i) {
       ptx::mbarrier_init(&s.factors_full[i], kGroupThreads);
-      ptx::mbarrier_init(&s.full[i], 32);
-      ptx::mbarrier_init(&s.empty[i], kChainThreads);
+      ptx::mbarrier_init(&s.empty[i], Cfg::kCluster * Cfg::kChainGroups * 4);  // chain warps
+    }
+    for (int i = 0; i < Cfg::kSlots; ++i) {
+      ptx::mbarrier_init(&s.full[i], 1);
+      for (int group = 0; group < Cfg::kChainGroups; ++group) {
+        ptx::mbarrier_init(&s.values_full[i][group], 1);
+        ptx::mbarrier_init(&s.values_empty[i][group], 4);
+      }
     }
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
+  if constexpr (Cfg::kCluster > 1) ptx::cluster_sync();
 
   if (group < Cfg::kChainGroups) {
     ptx::more_registers<Cfg::kChainRegisters>();
-    Chain<Cfg>(p, w, s, base, warp, lane).run();
+    Chain<Cfg>(p, maps, w, s, base, warp, lane).run();
   } else if (group < Cfg::kChainGroups + Cfg::kFactorGroups) {
     ptx::fewer_registers<Cfg::kFactorRegisters>();
     FactorWarp<Cfg>(p, w, s, base, warp - 4 * Cfg::kChainGroups, lane).run();
@@ -50,6 +55,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     const int rank = warp - 4 * (Cfg::kChainGroups + Cfg::kFactorGroups);
     SquareWarp<Cfg>(p, maps, w, s, base, rank, lane).run();
   }
+  // Others may still arrive at this block's barriers.
+  if constexpr (Cfg::kCluster > 1) ptx::cluster_sync();
 }
 
 }  // namespace flashkda::cuda::sm90::prefill

@@ -18,13 +18,14 @@ class Loader {
                     uint32_t base)
       : maps_(maps), w_(w), s_(s), base_(base), wide_gate_(p.g.dtype == DType::kF32) {}
 
-  // q, k and g, by the warp that loads every kSquareWarps-th chunk.
-  __device__ __forceinline__ void load_raw(int chunk) const {
+  // q, k and g of a chunk that is the block's own turn-th, by the warp that loads every
+  // kSquareWarps-th.
+  __device__ __forceinline__ void load_raw(int chunk, int turn) const {
     if (cute::elect_one_sync()) {
-      const int slot = chunk % kRaw;
+      const int slot = turn % kRaw;
       const Raw& to = s_.raw[slot];
       const uint32_t full = at(&s_.raw_full[slot]);
-      ptx::mbarrier_wait_at(at(&s_.raw_empty[slot]), chunk / kRaw & 1 ^ 1);
+      ptx::mbarrier_wait_at(at(&s_.raw_empty[slot]), turn / kRaw & 1 ^ 1);
       ptx::mbarrier_expect(full, (wide_gate_ ? 8 : 6) * kHalfBytes);
       copy(maps_.g, at(to.g), full, 0, w_.hv, chunk);
       if (!wide_gate_) copy(maps_.g, at(to.g) + kHalfBytes, full, kHalf, w_.hv, chunk);
@@ -37,19 +38,11 @@ class Loader {
     __syncwarp();
   }
 
-  // v, when its chunk is begun: earlier, this would wait for the chain to have read the slot.
-  __device__ __forceinline__ void load_values(int chunk, const Cursor<kSlots>& slot) const {
-    if (cute::elect_one_sync()) {
-      const Values<Cfg>& to = s_.values[slot.at];
-      const uint32_t full = at(&s_.values_full[slot.at]);
-      ptx::mbarrier_wait_at(at(&s_.empty[slot.at]), slot.parity ^ 1);
-      ptx::mbarrier_expect(full, sizeof(to.v));
-#pragma unroll
-      for (int group = 0; group < Cfg::kChainGroups; ++group) {
-        copy(maps_.v, at(to.v[group]), full, w_.v0 + group * kHalf, w_.hv, chunk);
-      }
-    }
-    __syncwarp();
+  // A chain warpgroup's 64 columns of v, by one thread.
+  __device__ __forceinline__ void load_values(int chunk, int slot, int group) const {
+    const uint32_t full = at(&s_.values_full[slot][group]);
+    ptx::mbarrier_expect(full, kHalfBytes);
+    copy(maps_.v, at(&s_.values[slot][group]), full, w_.v0 + group * kHalf, w_.hv, chunk);
   }
 
  private:

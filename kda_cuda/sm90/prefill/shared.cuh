@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../../common/triangle.cuh"
@@ -17,30 +18,30 @@ struct alignas(1024) Raw {
   char g[4 * kChunk * kChannels];  // fp32 in rows of 128 channels; 16-bit types like k
 };
 
-// The factors that the factor warps make.
-struct alignas(1024) Factors {
-  __nv_bfloat16 bars[2][2 * kChunk][kHalf];  // k exp(G), and below it q exp(G)
-  __nv_bfloat16 k_tilde[2][kChunk][kHalf];   // k exp(G_C - G)
-  __nv_bfloat16 k_hat[2][kChunk][kHalf];     // k exp(-G), unless the chunk is steep
-};
-
-template <class Cfg>
-struct alignas(1024) Values {
-  __nv_bfloat16 v[Cfg::kChainGroups][kChunk][kHalf];
-};
-
 inline constexpr int kDecayStride = kChannels / 4 + 4;  // four lanes read 16 bytes each at once
 
-// The rest of a slot: what the square warps make, and the decay of a chunk.
-struct alignas(128) Squares {
+// A chunk as the chain reads it: what the factor warps make, and what the square warps do.
+struct alignas(1024) Slot {
+  __nv_bfloat16 bars[2][2 * kChunk][kHalf];  // k exp(G), and below it q exp(G)
+  __nv_bfloat16 k_tilde[2][kChunk][kHalf];   // k exp(G_C - G)
+  float decay[kDecayStride * 4];             // exp(G_C), by decay_place
+
   __nv_bfloat16 T[kChunk * kChunk];  // diag(rk) (I + A)^-1 diag(beta) but for its diagonal
   __nv_bfloat16 M[kChunk * kChunk];  // q k^T with decay, strictly lower, before rq and rk
-  float decay[kDecayStride * 4];     // exp(G_C), by decay_place
   float rk[kChunk];                  // 1 / |k|, or 1; this and the next by token_place
   float rq[kChunk];                  // scale / |q|, or scale
   float T_diagonal[kChunk];          // rk beta
   float M_diagonal[kChunk];          // q k
-  int steep[4];                      // whether a channel of this quarter decays too far for k_hat
+};
+inline constexpr int kSlotBytes = offsetof(Slot, M_diagonal) + sizeof(Slot::M_diagonal);
+
+// What the square warps need of the factor warps besides.
+struct alignas(1024) Hat {
+  __nv_bfloat16 k_hat[2][kChunk][kHalf];  // k exp(-G), unless the chunk is steep
+};
+
+struct alignas(1024) Values {
+  __nv_bfloat16 v[kChunk][kHalf];
 };
 
 // A lane of the chain has channels 8 n + 2 (lane % 4) + {0, 1}, all n, and tokens 8 h + 2 (lane % 4) +
@@ -60,17 +61,19 @@ struct alignas(16) Scratch {
 
 template <class Cfg>
 struct Shared {
-  Factors factors[kSlots];
+  Slot slots[Cfg::kSlots];
+  Hat hats[Cfg::kOwn];
   Raw raw[kRaw];
-  Values<Cfg> values[kSlots];
-  Squares squares[kSlots];
+  Values values[Cfg::kSlots][Cfg::kChainGroups];
   Scratch scratch[kSquareWarps];
   __nv_bfloat16 o[4 * Cfg::kChainGroups][kChunk * kChunk];  // a chain warp's, on its way out
+  alignas(16) int steep[Cfg::kOwn][4];  // whether a channel of this quarter decays too far for k_hat
   uint64_t raw_full[kRaw], raw_empty[kRaw];
-  uint64_t values_full[kSlots];
-  uint64_t factors_full[kSlots];  // all but T and M
-  uint64_t full[kSlots];          // v too
-  uint64_t empty[kSlots];
+  uint64_t factors_full[Cfg::kOwn];
+  uint64_t full[Cfg::kSlots];
+  uint64_t empty[Cfg::kOwn];  // all the cluster's chains have read the slot
+  uint64_t values_full[Cfg::kSlots][Cfg::kChainGroups];
+  uint64_t values_empty[Cfg::kSlots][Cfg::kChainGroups];
   int sequence;  // what sequence_of_rank found
 };
 

@@ -29,26 +29,29 @@ class SquareWarp {
   __device__ SquareWarp(const Problem& p, const Maps& maps, const Work& w, Shared<Cfg>& s,
                         uint32_t base, int warp, int lane)
       : p_(p), w_(w), s_(s), loader_(p, maps, w, s, base), base_(base), warp_(warp), lane_(lane),
-        tokens_(static_cast<int>(w.tokens)), chunks_(w.chunks),
+        rank_(w.v0 / Cfg::VS), tokens_(static_cast<int>(w.tokens)), chunks_(w.chunks),
         first_beta_(w.row * p.beta.stride_b + w.begin * p.beta.stride_t +
                     w.hv * p.beta.stride_h) {}
 
   __device__ void run() {
-    for (int c = warp_; c < min(kAhead, chunks_); c += kSquareWarps) loader_.load_raw(c);
-    Cursor<kRaw> raw(warp_);
-    Cursor<kSlots> slot(warp_);
-    uint32_t next_beta = load_beta(warp_);
+    for (int turn = warp_; turn < kAhead && chunk_of(turn) < chunks_; turn += kSquareWarps) {
+      loader_.load_raw(chunk_of(turn), turn);
+    }
+    Cursor<Cfg::kOwn> own(warp_);
+    uint32_t raw_parity = 0;
+    uint32_t next_beta = load_beta(chunk_of(warp_));
 #pragma unroll 1
-    for (int c = warp_; c < chunks_; c += kSquareWarps) {
+    for (int turn = warp_; chunk_of(turn) < chunks_; turn += kSquareWarps) {
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
-      if (c + kAhead < chunks_) loader_.load_raw(c + kAhead);
-      loader_.load_values(c, slot);
+      if (chunk_of(turn + kAhead) < chunks_) {
+        loader_.load_raw(chunk_of(turn + kAhead), turn + kAhead);
+      }
       const uint32_t beta = next_beta;
-      if (c + kSquareWarps < chunks_) next_beta = load_beta(c + kSquareWarps);
-      make(c, raw, slot, beta);
-      raw.advance(kSquareWarps);
-      slot.advance(kSquareWarps);
+      next_beta = load_beta(chunk_of(turn + kSquareWarps));
+      make(chunk_of(turn), raw_parity, own, beta);
+      raw_parity ^= 1;
+      own.advance(kSquareWarps);
     }
   }
 
@@ -56,6 +59,9 @@ class SquareWarp {
   __device__ __forceinline__ uint32_t at(const void* part) const {
     return address_of(s_, base_, part);
   }
+
+  // The block's own chunks.
+  __device__ __forceinline__ int chunk_of(int turn) const { return turn * Cfg::kCluster + rank_; }
 
   __device__ __forceinline__ int row(int i) const { return lane_ / 4 + (i / 2) * 8; }
   __device__ __forceinline__ int column(int half, int i) const {
@@ -86,12 +92,13 @@ class SquareWarp {
     mma<Elem>(d[1], a, b[2], b[3]);
   }
 
-  __device__ __forceinline__ void plain_products(Square& A, Square& M, const Factors& f) const {
+  __device__ __forceinline__ void plain_products(Square& A, Square& M, const Slot& f,
+                                                 const Hat& hat) const {
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       const uint32_t k_place = block(f.bars[half], 0, by_row(lane_));
       const uint32_t q_place = block(f.bars[half], kChunk, by_row(lane_));
-      const uint32_t hat_place = block(f.k_hat[half], 0, by_column(lane_));
+      const uint32_t hat_place = block(hat.k_hat[half], 0, by_column(lane_));
 #pragma unroll
       for (int i = 0; i < kHalf / 16; ++i) {
         uint32_t k_bar[4], q_bar[4], k_hat[4];
@@ -154,12 +161,12 @@ class SquareWarp {
   // A and M for any gate: at level `half`, tokens in the upper half of a block of 2 half tokens meet
   // those in its lower half, with the decay split at the middle of the block, so that both parts are
   // products of numbers <= 1.
-  __device__ __forceinline__ void steep_products(Square& A, Square& M, Raw& raw, Factors& f,
+  __device__ __forceinline__ void steep_products(Square& A, Square& M, Raw& raw, Hat& hat,
                                                  int rows) const {
     // fp32 gates are replaced where they lie; others leave half of their room free, and k_hat's is.
     constexpr int kHalfBytes = sizeof(raw.g) / 2;
     char* low = p_.g.dtype == DType::kF32 ? raw.g : raw.g + kHalfBytes;
-    char* high = p_.g.dtype == DType::kF32 ? raw.g + kHalfBytes : reinterpret_cast<char*>(f.k_hat);
+    char* high = p_.g.dtype == DType::kF32 ? raw.g + kHalfBytes : reinterpret_cast<char*>(hat.k_hat);
     store_decays(low, high, raw.g, rows);
 #pragma unroll 1
     for (int half = 1; half < kChunk; half *= 2) {
@@ -229,27 +236,30 @@ class SquareWarp {
     }
   }
 
-  // v's rows past the sequence's end are another's, and may be anything.
-  __device__ __forceinline__ void clear_values(Values<Cfg>& values, int rows) const {
-    constexpr int kPieces = kRowBytes / kPiece;
-#pragma unroll
-    for (int group = 0; group < Cfg::kChainGroups; ++group) {
-      for (int i = rows * kPieces + lane_; i < kChunk * kPieces; i += 32) {
-        reinterpret_cast<uint4*>(values.v[group])[i] = make_uint4(0, 0, 0, 0);
-      }
+  // Tells the cluster's chains, after the other blocks have got their copy.
+  __device__ __forceinline__ void hand_over(const Slot& slot, const uint64_t* full) const {
+    if constexpr (Cfg::kCluster > 1) ptx::fence_async_proxy();
+    __syncwarp();
+    if (lane_ != 0) return;
+    ptx::mbarrier_arrive_at(at(full));
+    if constexpr (Cfg::kCluster > 1) {
+      static_assert(Cfg::kCluster == 2);
+      const uint32_t there = ptx::address_in(at(full), rank_ ^ 1);
+      ptx::mbarrier_expect_in_cluster(there, kSlotBytes);
+      ptx::copy_in_cluster(ptx::address_in(at(&slot), rank_ ^ 1), at(&slot), kSlotBytes, there);
     }
-    ptx::fence_async_proxy();  // the copy engine writes here next
   }
 
-  __device__ __forceinline__ void make(int chunk, const Cursor<kRaw>& raw_at,
-                                       const Cursor<kSlots>& slot, uint32_t beta_bits) const {
-    Raw& raw = s_.raw[raw_at.at];
-    Factors& factors = s_.factors[slot.at];
-    Squares& to = s_.squares[slot.at];
+  __device__ __forceinline__ void make(int chunk, uint32_t raw_parity,
+                                       const Cursor<Cfg::kOwn>& own, uint32_t beta_bits) const {
+    Raw& raw = s_.raw[warp_];
+    const int slot = own.at * Cfg::kCluster + rank_;
+    Slot& to = s_.slots[slot];
+    Hat& hat = s_.hats[own.at];
     Scratch& scratch = s_.scratch[warp_];
     const int rows = min(tokens_ - chunk * kChunk, kChunk);
 
-    ptx::mbarrier_wait_at(at(&s_.raw_full[raw_at.at]), raw_at.parity);
+    ptx::mbarrier_wait_at(at(&s_.raw_full[warp_]), raw_parity);
     // Of eight tokens each: q and, below it, k times k; and times q.
     float by_k[2][4] = {}, by_q[2][4] = {};
 #pragma unroll 1
@@ -272,9 +282,10 @@ class SquareWarp {
         }
       }
     }
-    ptx::mbarrier_wait_at(at(&s_.factors_full[slot.at]), slot.parity);
-    const bool steep = to.steep[0] | to.steep[1] | to.steep[2] | to.steep[3];
-    if (!steep) ptx::mbarrier_arrive_at(at(&s_.raw_empty[raw_at.at]));
+    ptx::mbarrier_wait_at(at(&s_.factors_full[own.at]), own.parity);
+    const int4 flags = *reinterpret_cast<const int4*>(s_.steep[own.at]);
+    const bool steep = flags.x | flags.y | flags.z | flags.w;
+    if (!steep) ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
     // The lanes that have the diagonals' elements lane / 4.
     if (lane_ % 4 == lane_ / 8) {
       const bool odd = lane_ & 4;
@@ -300,11 +311,11 @@ class SquareWarp {
 
     Square A = {}, M = {};
     if (steep) {
-      steep_products(A, M, raw, factors, rows);
+      steep_products(A, M, raw, hat, rows);
       ptx::fence_async_proxy();  // fp32 gates were written over, and the copy engine writes next
-      ptx::mbarrier_arrive_at(at(&s_.raw_empty[raw_at.at]));
+      ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
     } else {
-      plain_products(A, M, factors);
+      plain_products(A, M, to, hat);
     }
 
 #pragma unroll
@@ -325,9 +336,7 @@ class SquareWarp {
     }
     __syncwarp();
     invert_triangle(to.T, scratch.A, scratch.rk, scratch.beta, lane_);
-    ptx::mbarrier_wait_at(at(&s_.values_full[slot.at]), slot.parity);
-    if (rows < kChunk) clear_values(s_.values[slot.at], rows);
-    ptx::mbarrier_arrive_at(at(&s_.full[slot.at]));
+    hand_over(to, &s_.full[slot]);
   }
 
   const Problem& p_;
@@ -336,6 +345,7 @@ class SquareWarp {
   Loader<Cfg> loader_;
   uint32_t base_;
   int warp_, lane_;
+  int rank_;  // of the block in its cluster
   int tokens_, chunks_;
   int64_t first_beta_;
 };
