@@ -63,11 +63,10 @@ __device__ __forceinline__ void invert_triangle(Elem* T, const float* A, const f
     x[c] *= own_rk;
     z[c] *= lower_rk;
   }
-  const auto store = [&](int to_row, int to_block, const float(&t)[4], const float4& scale) {
+  const auto store = [&](int to_row, int to_block, const float (&t)[4], const float4& scale) {
     *reinterpret_cast<uint2*>(reinterpret_cast<char*>(T) + square_offset(to_row, to_block) +
-                              first * 2) =
-        make_uint2(Traits::pack(t[0] * scale.x, t[1] * scale.y),
-                   Traits::pack(t[2] * scale.z, t[3] * scale.w));
+                              first * 2) = make_uint2(Traits::pack(t[0] * scale.x, t[1] * scale.y),
+                                                      Traits::pack(t[2] * scale.z, t[3] * scale.w));
   };
   store(row, block, x, own);
   store((row + 8) % 16, block, z, left);  // T21, and zeros in the block above the diagonal

@@ -43,16 +43,14 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t rank) 
 }
 
 // Arrivals at another block's barrier order nothing but the arriving block's own accesses: what the
-// blocks exchange is ordered by the copy engine's bytes, and what is released has been read. Cluster
-// scope would flush every store to global memory first, and its waits would drop the L1.
+// blocks exchange is ordered by the copy engine's bytes, and what is released has been read.
+// Cluster scope would flush every store to global memory first, and its waits would drop the L1.
 __device__ __forceinline__ void mbarrier_arrive_in_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_expect_in_cluster(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(
-                   barrier),
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier),
                "r"(bytes)
                : "memory");
 }
@@ -91,10 +89,10 @@ __device__ __forceinline__ void ldmatrix_trans_at(uint32_t (&r)[4], uint32_t row
 
 __device__ __forceinline__ void stmatrix_trans_at(uint32_t row, uint32_t r0, uint32_t r1,
                                                   uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   row),
-               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
 }
 
 // A box of a tensor of four dimensions, streamed: it will not be read again.

@@ -1,7 +1,7 @@
 // The chain warpgroups: they carry the state through the chunks. A warpgroup owns 64 value columns
-// and keeps their state transposed, S^T [V, K], in wgmma's accumulators, where it is at once, rounded,
-// the left operand of the next chunk's product; nothing of the chain passes through shared memory
-// and the warpgroups never wait for each other.
+// and keeps their state transposed, S^T [V, K], in wgmma's accumulators, where it is at once,
+// rounded, the left operand of the next chunk's product; nothing of the chain passes through shared
+// memory and the warpgroups never wait for each other.
 //
 //   X = V - diag(rk) k_bar S    U = T X    O = diag(rq) (q_bar S + M U)
 //   S = diag(decay) S + k_tilde^T U
@@ -12,7 +12,6 @@
 
 #include "../../common/element.cuh"
 #include "../ptx.cuh"
-#include "loader.cuh"
 #include "shared.cuh"
 #include "tile.cuh"
 #include "work.cuh"
@@ -27,32 +26,35 @@ class Chain {
   static constexpr int kTiles = kChannels / 8;  // of the accumulator: eight channels each
 
  public:
-  __device__ Chain(const Problem& p, const Maps& maps, const Work& w, Shared<Cfg>& s, uint32_t base,
-                   int warp, int lane)
-      : p_(p), w_(w), s_(s), loader_(p, maps, w, s, base), base_(base), lane_(lane), warp_(warp) {}
+  __device__ Chain(const Problem& p, const Work& w, Shared<Cfg>& s, uint32_t base, int warp,
+                   int lane)
+      : p_(p), w_(w), s_(s), base_(base), lane_(lane), warp_(warp) {}
 
   __device__ void run() {
     float S[kTiles][4];
     load_state(S);
-    Cursor<Cfg::kSlots> slot(0);
+    // Shuffled, so that the compiler sees that a warpgroup's threads walk together.
+    const int chunks = ptx::opaque(__shfl_sync(~0u, w_.chunks, 0));
+    const int64_t stride = kChunk * p_.o.stride_t;
     Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
               (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + warp_ * 16 +
               lane_ % 2 * (kPiece / sizeof(Elem));
-    // The compiler has to see that a warpgroup's threads walk together.
-    const int chunks = __shfl_sync(~0u, w_.chunks, 0);
-    const int64_t stride = kChunk * p_.o.stride_t;
     int left = static_cast<int>(w_.tokens);
-    const int group = warp_ / 4;
-    const bool loads = warp_ % 4 == 0 && lane_ == 0;
-    if (loads) {
-      for (int c = 0; c < min(Cfg::kSlots, chunks); ++c) loader_.load_values(c, c, group);
-    }
+    int at = 0;
+    uint32_t parity = 0;
 #pragma unroll 1
-    for (int c = 0; c < chunks; ++c, left -= kChunk) {
-      step(S, slot, o, left, c);
-      slot.advance(1);
-      o += stride;
+    for (int c = 0; c < chunks; ++c) {
+      step(S, at, parity, left, [&] {
+        if (c == 0) return;
+        store_output(o, kChunk);
+        o += stride;
+      });
+      at = at + 1 == Cfg::kSlots ? 0 : at + 1;
+      parity ^= at == 0;
+      left -= kChunk;
     }
+    __syncwarp();
+    if (chunks > 0) store_output(o, left + kChunk);
     if (p_.final_state.ptr != nullptr) store_state(S);
   }
 
@@ -98,7 +100,7 @@ class Chain {
     }
   }
 
-  __device__ __forceinline__ uint32_t at(const void* part) const {
+  __device__ __forceinline__ uint32_t at_of(const void* part) const {
     return address_of(s_, base_, part);
   }
 
@@ -112,14 +114,13 @@ class Chain {
   }
 
   // d = S^T [k_bar; q_bar]^T: tiles 0, 1 are k_bar S, tiles 2, 3 q_bar S.
-  __device__ __forceinline__ void start_state_product(float (&d)[4][4],
-                                                      const float (&S)[kTiles][4],
+  __device__ __forceinline__ void start_state_product(float (&d)[4][4], const float (&S)[kTiles][4],
                                                       const Slot& f) const {
     using Product = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
     uint32_t a[kTiles / 2][4];
 #pragma unroll
     for (int kk = 0; kk < kTiles / 2; ++kk) to_operand(a[kk], S[2 * kk], S[2 * kk + 1]);
-    const uint32_t bars = descriptor_address(at(f.bars));
+    const uint32_t bars = descriptor_address(at_of(f.bars));
     cute::warpgroup_arrive();
 #pragma unroll
     for (int kk = 0; kk < kTiles / 2; ++kk) {
@@ -137,7 +138,7 @@ class Chain {
   __device__ __forceinline__ void start_update(float (&S)[kTiles][4], const uint32_t (&u)[4],
                                                const Slot& f) const {
     using Product = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
-    const uint64_t b = make_descriptor(descriptor_address(at(f.k_tilde)), sizeof(f.k_tilde[0]));
+    const uint64_t b = make_descriptor(descriptor_address(at_of(f.k_tilde)), sizeof(f.k_tilde[0]));
 #define FLASHKDA_TILE(n) S[n][0], S[n][1], S[n][2], S[n][3]
     Product::fma(u[0], u[1], u[2], u[3], b, FLASHKDA_TILE(0), FLASHKDA_TILE(1), FLASHKDA_TILE(2),
                  FLASHKDA_TILE(3), FLASHKDA_TILE(4), FLASHKDA_TILE(5), FLASHKDA_TILE(6),
@@ -148,8 +149,8 @@ class Chain {
     cute::warpgroup_commit_batch();
   }
 
-  // Zeroes what v holds of tokens from `left` on: rows past the sequence's end are another's, and may
-  // be anything.
+  // Zeroes what v holds of tokens from `left` on: rows past the sequence's end are another's, and
+  // may be anything.
   __device__ __forceinline__ void keep_tokens(uint32_t (&v)[4], int left) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -172,23 +173,11 @@ class Chain {
     x[3] *= odd;
   }
 
-  // Loads v for the chunk that follows the last one in its slot, which all warps of the group have
-  // read by now. at_slot: of the chunk after it.
-  __device__ __forceinline__ void refill_values(int last, const Cursor<Cfg::kSlots>& at_slot) const {
-    const int next = last + Cfg::kSlots;
-    if (warp_ % 4 != 0 || lane_ != 0 || next >= w_.chunks) return;
-    const int group = warp_ / 4;
-    const bool wrapped = at_slot.at == 0;
-    const int slot = wrapped ? Cfg::kSlots - 1 : at_slot.at - 1;
-    ptx::mbarrier_wait_at(at(&s_.values_empty[slot][group]), at_slot.parity ^ wrapped);
-    loader_.load_values(next, slot, group);
-  }
-
   // Tells the block that makes the slot's chunks.
   __device__ __forceinline__ void release(int slot) const {
     __syncwarp();
     if (lane_ != 0) return;
-    const uint32_t empty = at(&s_.empty[slot / Cfg::kCluster]);
+    const uint32_t empty = at_of(&s_.empty[slot / Cfg::kCluster]);
     if constexpr (Cfg::kCluster > 1) {
       ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, slot % Cfg::kCluster));
     } else {
@@ -201,23 +190,24 @@ class Chain {
     for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(x[i]);
   }
 
-  __device__ __forceinline__ void step(float (&S)[kTiles][4], const Cursor<Cfg::kSlots>& at_slot,
-                                       Elem* to, int left, int chunk) const {
-    const Slot& slot = s_.slots[at_slot.at];
-    const int group = warp_ / 4;
+  // One chunk. `shadow` is done while the product with the state is under way.
+  template <class Shadow>
+  __device__ __forceinline__ void step(float (&S)[kTiles][4], int at, uint32_t parity, int left,
+                                       const Shadow& shadow) const {
+    const Slot& slot = s_.slots[at];
     const LanePosition rows = by_row(lane_), columns = by_column(lane_);
-    ptx::mbarrier_wait_at(at(&s_.full[at_slot.at]), at_slot.parity);
+    ptx::mbarrier_wait_at(at_of(&s_.full[at]), parity);
 
     float d[4][4];
     start_state_product(d, S, slot);
-    if (chunk > 0) refill_values(chunk - 1, at_slot);
+    shadow();
     uint32_t v[4], T[4], M[4];
     const int square = square_offset(columns.row, columns.piece);
-    ptx::mbarrier_wait_at(at(&s_.values_full[at_slot.at][group]), at_slot.parity);
-    ptx::ldmatrix_trans_at(v, at(&s_.values[at_slot.at][group]) +
-                                  row_offset(rows.row, warp_ % 4 * 2 + rows.piece));
-    ptx::ldmatrix_at(T, at(slot.T) + square);
-    ptx::ldmatrix_at(M, at(slot.M) + square);
+    ptx::mbarrier_wait_at(at_of(&s_.values_full[at]), parity);
+    ptx::ldmatrix_trans_at(
+        v, at_of(&s_.values[at][warp_ / 4]) + row_offset(rows.row, warp_ % 4 * 2 + rows.piece));
+    ptx::ldmatrix_at(T, at_of(slot.T) + square);
+    ptx::ldmatrix_at(M, at_of(slot.M) + square);
     const float4 rk = of_tokens(slot.rk), T_diagonal = of_tokens(slot.T_diagonal);
     cute::warpgroup_wait<0>();
 #pragma unroll
@@ -235,7 +225,7 @@ class Chain {
       d[half][3] = upper.y - odd * d[half][3];
     }
     __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive_at(at(&s_.values_empty[at_slot.at][group]));
+    if (lane_ == 0) ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
     uint32_t x[4], u[4];
     to_operand(x, d[0], d[1]);
     scale(d[0], T_diagonal.x, T_diagonal.y);
@@ -270,32 +260,33 @@ class Chain {
     }
     scale(d[2], rq.x, rq.y);
     scale(d[3], rq.z, rq.w);
-    store_output(d[2], d[3], to, left);
+    stage_output(d[2], d[3]);
     cute::warpgroup_wait<0>();
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) fence(S[n]);
-    release(at_slot.at);
+    release(at);
   }
 
-  // O^T goes through shared memory, so that it leaves in rows of 16 bytes.
-  __device__ __forceinline__ void store_output(const float (&early)[4], const float (&late)[4],
-                                               Elem* to, int left) const {
-    char* tile = reinterpret_cast<char*>(s_.o[warp_]);
+  // O^T goes through shared memory, so that it leaves in rows of 16 bytes, a chunk later.
+  __device__ __forceinline__ void stage_output(const float (&early)[4],
+                                               const float (&late)[4]) const {
     __syncwarp();
-    const int lane = lane_;
-    ptx::stmatrix_trans_at(at(tile) + square_offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1),
-                           Traits::pack(early[0], early[1]), Traits::pack(early[2], early[3]),
-                           Traits::pack(late[0], late[1]), Traits::pack(late[2], late[3]));
-    __syncwarp();
-    const int row = lane / 2;
-    const uint4 y = *reinterpret_cast<const uint4*>(tile + square_offset(row, lane % 2));
+    ptx::stmatrix_trans_at(
+        at_of(s_.o[warp_]) + square_offset((lane_ & 7) + (lane_ >> 4) * 8, (lane_ >> 3) & 1),
+        Traits::pack(early[0], early[1]), Traits::pack(early[2], early[3]),
+        Traits::pack(late[0], late[1]), Traits::pack(late[2], late[3]));
+  }
+
+  __device__ __forceinline__ void store_output(Elem* to, int left) const {
+    const int row = lane_ / 2;
+    const uint4 y = *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(s_.o[warp_]) +
+                                                    square_offset(row, lane_ % 2));
     if (row < left) *reinterpret_cast<uint4*>(to) = y;
   }
 
   const Problem& p_;
   const Work& w_;
   Shared<Cfg>& s_;
-  Loader<Cfg> loader_;
   uint32_t base_;
   int lane_;
   int warp_;  // of all chain warps: 16 value columns each

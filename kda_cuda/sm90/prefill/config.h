@@ -34,13 +34,13 @@ struct Config {
 inline constexpr int kRaw = 4;    // of q, k and g
 inline constexpr int kAhead = 2;  // how many of a block's chunks before its turn a chunk is loaded
 
-// A wait on a parity is only sound if the barrier is not a whole phase further behind: who waits for
-// a slot's use has to know of the use before it. A square warp therefore loads the same raw slots
-// again and again, and factor groups, taking turns, meet the same slots too.
+// A wait on a parity is only sound if the barrier is not a whole phase further behind: who waits
+// for a slot's use has to know of the use before it. A square warp therefore loads the same raw
+// slots again and again, and factor groups, taking turns, meet the same slots too.
 static_assert(kRaw % kSquareWarps == 0 && kRaw % 2 == 0);
 
-// A tile is stored in halves of 64 channels, whose rows of 128 bytes are swizzled as the copy engine
-// and the tensor cores swizzle them (tile.cuh).
+// A tile is stored in halves of 64 channels, whose rows of 128 bytes are swizzled as the copy
+// engine and the tensor cores swizzle them (tile.cuh).
 inline constexpr int kHalf = 64;
 
 }  // namespace flashkda::cuda::sm90::prefill

@@ -1,13 +1,13 @@
-// The factor warps: a warpgroup of them turns a chunk's k, q and g into the factors that multiply the
-// state. With e_t = exp(g_t),
+// The factor warps: a warpgroup of them turns a chunk's k, q and g into the factors that multiply
+// the state. With e_t = exp(g_t),
 //
 //   k_bar_t   = k_t e_1 .. e_t          q_bar_t = q_t e_1 .. e_t        decay = e_1 .. e_C
 //   k_tilde_t = k_t e_{t+1} .. e_C      k_hat_t = k_tilde_t / decay
 //
 // are products of numbers <= 1, but for k_hat, which is only read where it stays in bf16's range. A
-// warp owns 32 channels and a lane four of them, over four neighbouring tokens (a span), so that the
-// running products need two exchanges between lanes. The code is kept small on purpose: what does
-// not fit the instruction cache is paid for by all roles.
+// warp owns 32 channels and a lane four of them, over four neighbouring tokens (a span), so that
+// the running products need two exchanges between lanes. The code is kept small on purpose: what
+// does not fit the instruction cache is paid for by all roles.
 #pragma once
 
 #include "../../common/decay.cuh"
@@ -33,8 +33,15 @@ class FactorWarp {
  public:
   __device__ FactorWarp(const Problem& p, const Work& w, Shared<Cfg>& s, uint32_t base, int warp,
                         int lane)
-      : p_(p), s_(s), base_(base), rank_(w.v0 / Cfg::VS), group_(warp / 4), warp_(warp % 4), lane_(lane),
-        tokens_(static_cast<int>(w.tokens)), chunks_(w.chunks),
+      : p_(p),
+        s_(s),
+        base_(base),
+        rank_(w.v0 / Cfg::VS),
+        group_(warp / 4),
+        warp_(warp % 4),
+        lane_(lane),
+        tokens_(static_cast<int>(w.tokens)),
+        chunks_(w.chunks),
         first_(rank_ + group_ * Cfg::kCluster) {
     params_ = load_decay_params(p, w.hv);
 #pragma unroll
@@ -47,8 +54,7 @@ class FactorWarp {
     Cursor<kRaw> raw(group_);
     Cursor<Cfg::kOwn> own(group_);
 #pragma unroll 1
-    for (int c = first_; c < chunks_;
-         c += Cfg::kFactorGroups * Cfg::kCluster) {
+    for (int c = first_; c < chunks_; c += Cfg::kFactorGroups * Cfg::kCluster) {
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
       make(tokens_ - c * kChunk, raw, own);
@@ -92,9 +98,8 @@ class FactorWarp {
   __device__ __forceinline__ void load_gate(float (&x)[kSpan][kOwn], const char* g,
                                             const Place& place) const {
     if (p_.g.dtype == DType::kF32) {
-      const float4* row =
-          reinterpret_cast<const float4*>(g) +
-          (lane_ / 8 * kSpan * kChannels + warp_ * 32 + lane_ % 8 * kOwn) / kOwn;
+      const float4* row = reinterpret_cast<const float4*>(g) +
+                          (lane_ / 8 * kSpan * kChannels + warp_ * 32 + lane_ % 8 * kOwn) / kOwn;
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) {
         const float4 y = row[i * kChannels / kOwn];

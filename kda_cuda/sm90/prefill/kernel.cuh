@@ -4,8 +4,8 @@
 #include <cuda_runtime.h>
 
 #include "chain.cuh"
-#include "shared.cuh"
 #include "factors.cuh"
+#include "shared.cuh"
 #include "squares.cuh"
 #include "work.cuh"
 
@@ -34,10 +34,8 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
     }
     for (int i = 0; i < Cfg::kSlots; ++i) {
       ptx::mbarrier_init(&s.full[i], 1);
-      for (int group = 0; group < Cfg::kChainGroups; ++group) {
-        ptx::mbarrier_init(&s.values_full[i][group], 1);
-        ptx::mbarrier_init(&s.values_empty[i][group], 4);
-      }
+      ptx::mbarrier_init(&s.values_full[i], 1);
+      ptx::mbarrier_init(&s.values_empty[i], Cfg::kChainGroups * 4);  // chain warps
     }
     ptx::mbarrier_init_fence();
   }
@@ -46,7 +44,7 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
 
   if (group < Cfg::kChainGroups) {
     ptx::more_registers<Cfg::kChainRegisters>();
-    Chain<Cfg>(p, maps, w, s, base, warp, lane).run();
+    Chain<Cfg>(p, w, s, base, warp, lane).run();
   } else if (group < Cfg::kChainGroups + Cfg::kFactorGroups) {
     ptx::fewer_registers<Cfg::kFactorRegisters>();
     FactorWarp<Cfg>(p, w, s, base, warp - 4 * Cfg::kChainGroups, lane).run();

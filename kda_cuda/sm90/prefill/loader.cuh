@@ -38,11 +38,24 @@ class Loader {
     __syncwarp();
   }
 
-  // A chain warpgroup's 64 columns of v, by one thread.
-  __device__ __forceinline__ void load_values(int chunk, int slot, int group) const {
-    const uint32_t full = at(&s_.values_full[slot][group]);
-    ptx::mbarrier_expect(full, kHalfBytes);
-    copy(maps_.v, at(&s_.values[slot][group]), full, w_.v0 + group * kHalf, w_.hv, chunk);
+  // The block's columns of v of the chunks that the cluster makes at a turn, its own and the
+  // others', when the turn begins: earlier, this would wait for the chain to have read the slots.
+  __device__ __forceinline__ void load_values(int turn, const Cursor<Cfg::kOwn>& own) const {
+    if (cute::elect_one_sync()) {
+#pragma unroll
+      for (int i = 0; i < Cfg::kCluster; ++i) {
+        const int chunk = turn * Cfg::kCluster + i, slot = own.at * Cfg::kCluster + i;
+        if (chunk >= w_.chunks) break;
+        const uint32_t full = at(&s_.values_full[slot]);
+        ptx::mbarrier_wait_at(at(&s_.values_empty[slot]), own.parity ^ 1);
+        ptx::mbarrier_expect(full, sizeof(s_.values[slot]));
+#pragma unroll
+        for (int group = 0; group < Cfg::kChainGroups; ++group) {
+          copy(maps_.v, at(&s_.values[slot][group]), full, w_.v0 + group * kHalf, w_.hv, chunk);
+        }
+      }
+    }
+    __syncwarp();
   }
 
  private:

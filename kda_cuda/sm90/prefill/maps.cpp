@@ -14,8 +14,8 @@ int bytes_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
 // A stride along which there is nothing to step over may be anything.
 bool stride_fits(int64_t stride, int64_t extent, int bytes) {
-  return extent == 1 || (stride > 0 && stride * bytes % kAlignment == 0 &&
-                         stride * bytes < int64_t{1} << 40);
+  return extent == 1 ||
+         (stride > 0 && stride * bytes % kAlignment == 0 && stride * bytes < int64_t{1} << 40);
 }
 
 bool fits(const TokenTensor& x, const Problem& p, int heads) {

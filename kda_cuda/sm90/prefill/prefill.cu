@@ -1,9 +1,8 @@
-#include "prefill.h"
-
 #include <atomic>
 
 #include "kernel.cuh"
 #include "maps.h"
+#include "prefill.h"
 
 namespace flashkda::cuda::sm90::prefill {
 namespace {
@@ -21,8 +20,7 @@ cudaError_t launch_instance(const Problem& p, const Maps& maps, const Target& ta
     configured[target.device].store(true, std::memory_order_release);
   }
   const int64_t blocks = p.N * p.HV * (p.V / Cfg::VS);
-  prefill_kernel<Cfg>
-      <<<static_cast<unsigned>(blocks), Cfg::kThreads, kBytes, stream>>>(p, maps);
+  prefill_kernel<Cfg><<<static_cast<unsigned>(blocks), Cfg::kThreads, kBytes, stream>>>(p, maps);
   return cudaGetLastError();
 }
 
@@ -33,8 +31,8 @@ bool serves(const Problem& p, const Target& target) {
          p.q.dtype == DType::kBF16 && maps_fit(p) && stores_fit(p);
 }
 
-// A slice of V costs its head's factors once more, and leaves the factor warps more of the SM: worth
-// it while SMs are idle. Results do not depend on it.
+// A slice of V costs its head's factors once more, and leaves the factor warps more of the SM:
+// worth it while SMs are idle. Results do not depend on it.
 cudaError_t launch(const Problem& p, const Target& target, cudaStream_t stream) {
   if (p.N == 0 || p.HV == 0) return cudaSuccess;
   Maps maps;

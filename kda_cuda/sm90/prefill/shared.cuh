@@ -44,8 +44,8 @@ struct alignas(1024) Values {
   __nv_bfloat16 v[kChunk][kHalf];
 };
 
-// A lane of the chain has channels 8 n + 2 (lane % 4) + {0, 1}, all n, and tokens 8 h + 2 (lane % 4) +
-// {0, 1}, both h: what it needs of them lies together.
+// A lane of the chain has channels 8 n + 2 (lane % 4) + {0, 1}, all n, and tokens 8 h + 2 (lane %
+// 4) + {0, 1}, both h: what it needs of them lies together.
 __host__ __device__ constexpr int decay_place(int channel) {
   return channel % 8 / 2 * kDecayStride + channel / 8 * 2 + channel % 2;
 }
@@ -67,13 +67,13 @@ struct Shared {
   Values values[Cfg::kSlots][Cfg::kChainGroups];
   Scratch scratch[kSquareWarps];
   __nv_bfloat16 o[4 * Cfg::kChainGroups][kChunk * kChunk];  // a chain warp's, on its way out
-  alignas(16) int steep[Cfg::kOwn][4];  // whether a channel of this quarter decays too far for k_hat
+  alignas(
+      16) int steep[Cfg::kOwn][4];  // whether a channel of this quarter decays too far for k_hat
   uint64_t raw_full[kRaw], raw_empty[kRaw];
   uint64_t factors_full[Cfg::kOwn];
   uint64_t full[Cfg::kSlots];
   uint64_t empty[Cfg::kOwn];  // all the cluster's chains have read the slot
-  uint64_t values_full[Cfg::kSlots][Cfg::kChainGroups];
-  uint64_t values_empty[Cfg::kSlots][Cfg::kChainGroups];
+  uint64_t values_full[Cfg::kSlots], values_empty[Cfg::kSlots];
   int sequence;  // what sequence_of_rank found
 };
 
@@ -81,8 +81,8 @@ struct Shared {
 template <class Cfg>
 __device__ __forceinline__ uint32_t address_of(const Shared<Cfg>& s, uint32_t base,
                                                const void* part) {
-  return base + static_cast<uint32_t>(static_cast<const char*>(part) -
-                                      reinterpret_cast<const char*>(&s));
+  return base +
+         static_cast<uint32_t>(static_cast<const char*>(part) - reinterpret_cast<const char*>(&s));
 }
 
 // A place in a ring of N and the parity of its current use.

@@ -1,5 +1,5 @@
-// The square warps: each, a chunk at a time, makes the 16 x 16 matrices T and M from the factors and
-// the norms of q and k, which come from products of the raw tiles on the tensor cores: exact
+// The square warps: each, a chunk at a time, makes the 16 x 16 matrices T and M from the factors
+// and the norms of q and k, which come from products of the raw tiles on the tensor cores: exact
 // products of bf16 and fp32 sums. The diagonals, which weigh most where decay is fast, never see
 // rounded factors.
 #pragma once
@@ -28,10 +28,17 @@ class SquareWarp {
  public:
   __device__ SquareWarp(const Problem& p, const Maps& maps, const Work& w, Shared<Cfg>& s,
                         uint32_t base, int warp, int lane)
-      : p_(p), w_(w), s_(s), loader_(p, maps, w, s, base), base_(base), warp_(warp), lane_(lane),
-        rank_(w.v0 / Cfg::VS), tokens_(static_cast<int>(w.tokens)), chunks_(w.chunks),
-        first_beta_(w.row * p.beta.stride_b + w.begin * p.beta.stride_t +
-                    w.hv * p.beta.stride_h) {}
+      : p_(p),
+        w_(w),
+        s_(s),
+        loader_(p, maps, w, s, base),
+        base_(base),
+        warp_(warp),
+        lane_(lane),
+        rank_(w.v0 / Cfg::VS),
+        tokens_(static_cast<int>(w.tokens)),
+        chunks_(w.chunks),
+        first_beta_(w.row * p.beta.stride_b + w.begin * p.beta.stride_t + w.hv * p.beta.stride_h) {}
 
   __device__ void run() {
     for (int turn = warp_; turn < kAhead && chunk_of(turn) < chunks_; turn += kSquareWarps) {
@@ -41,15 +48,16 @@ class SquareWarp {
     uint32_t raw_parity = 0;
     uint32_t next_beta = load_beta(chunk_of(warp_));
 #pragma unroll 1
-    for (int turn = warp_; chunk_of(turn) < chunks_; turn += kSquareWarps) {
+    for (int turn = warp_; turn * Cfg::kCluster < chunks_; turn += kSquareWarps) {
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
       if (chunk_of(turn + kAhead) < chunks_) {
         loader_.load_raw(chunk_of(turn + kAhead), turn + kAhead);
       }
+      loader_.load_values(turn, own);
       const uint32_t beta = next_beta;
       next_beta = load_beta(chunk_of(turn + kSquareWarps));
-      make(chunk_of(turn), raw_parity, own, beta);
+      if (chunk_of(turn) < chunks_) make(chunk_of(turn), raw_parity, own, beta);
       raw_parity ^= 1;
       own.advance(kSquareWarps);
     }
@@ -118,8 +126,8 @@ class SquareWarp {
       return *(reinterpret_cast<const float4*>(g + t * kChannels * sizeof(float)) + lane_);
     } else {
       const char* half = g + lane_ / 16 * sizeof(Raw::k[0]);
-      const uint2 bits = *reinterpret_cast<const uint2*>(
-          half + row_offset(t, lane_ % 16 / 2) + lane_ % 2 * 8);
+      const uint2 bits =
+          *reinterpret_cast<const uint2*>(half + row_offset(t, lane_ % 16 / 2) + lane_ % 2 * 8);
       const float2 low = ElementTraits<G>::unpack(bits.x), high = ElementTraits<G>::unpack(bits.y);
       return {low.x, low.y, high.x, high.y};
     }
@@ -158,15 +166,16 @@ class SquareWarp {
     __syncwarp();
   }
 
-  // A and M for any gate: at level `half`, tokens in the upper half of a block of 2 half tokens meet
-  // those in its lower half, with the decay split at the middle of the block, so that both parts are
-  // products of numbers <= 1.
+  // A and M for any gate: at level `half`, tokens in the upper half of a block of 2 half tokens
+  // meet those in its lower half, with the decay split at the middle of the block, so that both
+  // parts are products of numbers <= 1.
   __device__ __forceinline__ void steep_products(Square& A, Square& M, Raw& raw, Hat& hat,
                                                  int rows) const {
     // fp32 gates are replaced where they lie; others leave half of their room free, and k_hat's is.
     constexpr int kHalfBytes = sizeof(raw.g) / 2;
     char* low = p_.g.dtype == DType::kF32 ? raw.g : raw.g + kHalfBytes;
-    char* high = p_.g.dtype == DType::kF32 ? raw.g + kHalfBytes : reinterpret_cast<char*>(hat.k_hat);
+    char* high =
+        p_.g.dtype == DType::kF32 ? raw.g + kHalfBytes : reinterpret_cast<char*>(hat.k_hat);
     store_decays(low, high, raw.g, rows);
 #pragma unroll 1
     for (int half = 1; half < kChunk; half *= 2) {
@@ -214,7 +223,8 @@ class SquareWarp {
           const bool inside = lane_ / 4 + 8 * r < rows;
           const float f0 = upper ? before[r][c] : after[r][c];
           const float f1 = upper ? before[r][c + 1] : after[r][c + 1];
-          const float2 ki = Traits::unpack(inside ? k[i] : 0), qi = Traits::unpack(inside ? q[i] : 0);
+          const float2 ki = Traits::unpack(inside ? k[i] : 0),
+                       qi = Traits::unpack(inside ? q[i] : 0);
           k_split[i] = Traits::pack(ki.x * f0, ki.y * f1);
           q_split[i] = Traits::pack(qi.x * f0, qi.y * f1);
         }
@@ -250,8 +260,8 @@ class SquareWarp {
     }
   }
 
-  __device__ __forceinline__ void make(int chunk, uint32_t raw_parity,
-                                       const Cursor<Cfg::kOwn>& own, uint32_t beta_bits) const {
+  __device__ __forceinline__ void make(int chunk, uint32_t raw_parity, const Cursor<Cfg::kOwn>& own,
+                                       uint32_t beta_bits) const {
     Raw& raw = s_.raw[warp_];
     const int slot = own.at * Cfg::kCluster + rank_;
     Slot& to = s_.slots[slot];
@@ -327,8 +337,7 @@ class SquareWarp {
         const int i = row(2 * r);
         const float factor = scratch.beta[i] * scratch.rk[i];
         scratch.A[j * kTriangleStride + i] = j < i ? A[h][2 * r] * factor * rk0 : 0.f;
-        scratch.A[(j + 1) * kTriangleStride + i] =
-            j + 1 < i ? A[h][2 * r + 1] * factor * rk1 : 0.f;
+        scratch.A[(j + 1) * kTriangleStride + i] = j + 1 < i ? A[h][2 * r + 1] * factor * rk1 : 0.f;
         *reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(to.M) + square_offset(i, h) +
                                      (lane_ % 4) * 4) =
             Traits::pack(j < i ? M[h][2 * r] : 0.f, j + 1 < i ? M[h][2 * r + 1] : 0.f);

@@ -31,8 +31,8 @@ __device__ __forceinline__ uint32_t descriptor_address(uint32_t address) {
   return address >> 4 & 0x3fff;
 }
 
-// A tile whose swizzle begins at a multiple of 1024 bytes, from an address on. stride: bytes between
-// blocks of 64 columns where the columns are N.
+// A tile whose swizzle begins at a multiple of 1024 bytes, from an address on. stride: bytes
+// between blocks of 64 columns where the columns are N.
 __device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t stride) {
   return uint64_t{kDescriptorUpper} << 32 | (address | (stride >> 4) << 16);
 }
