@@ -22,13 +22,15 @@ LENGTHS = ((64,), (1024,), (8192,), (1300, 547, 1, 271, 963))
 HEADS = 4
 
 
-def measure(regime: str, seqlens: tuple[int, ...], functions: dict, seed: int) -> dict:
+def measure(
+    regime: str, seqlens: tuple[int, ...], functions: dict, seed: int, heads: int = HEADS
+) -> dict:
     """One row: the errors of each function, and those of a perfect result rounded to bf16."""
-    problem = make_problem(regime, seqlens, HEADS, "cuda", seed)
+    problem = make_problem(regime, seqlens, heads, "cuda", seed)
     o_ref, state_ref = kda_float64(**problem.reference_arguments())
     row = {
         "regime": regime,
-        "heads": HEADS,
+        "heads": heads,
         "seqlens": list(seqlens),
         "rounding_o": report.rounded(relative_error(o_ref.bfloat16(), o_ref)),
     }

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from .cases import Case, Inputs
 
 REPO_ID = "moonshot/flashkda"
+PORTABLE = "FLASHKDA_PORTABLE"
 
 
 class Declined(Exception):
@@ -73,6 +75,36 @@ class This(Contender):
 
     def decode(self, x: Inputs) -> Bound:
         return Bound(functools.partial(self.load().fused_recurrent_kda, **decode_arguments(x)))
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Calls of this package made inside take the kernels that serve every GPU."""
+    before = os.environ.get(PORTABLE)
+    os.environ[PORTABLE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PORTABLE]
+        else:
+            os.environ[PORTABLE] = before
+
+
+class Portable(This):
+    """This package without what it has for one architecture alone."""
+
+    name = "this-portable"
+    decode = Contender.decode
+
+    def prefill(self, x: Inputs) -> Bound:
+        bound = super().prefill(x)
+
+        def call():
+            with portable():
+                return bound.call()
+
+        return Bound(call, bound.read)
 
 
 def fla_arguments(x: Inputs) -> dict[str, Any]:
@@ -232,7 +264,10 @@ class CudnnFrontend(Contender):
             # A .pth file puts this folder on the path, but only if it lies in site-packages.
             package = importlib.import_module("nvidia_cutlass_dsl")
             folder = os.path.join(list(package.__path__)[0], "dsl_packages")
-            if folder not in sys.path:
+            # Without the library for one version of CUDA the import raises what cuDNN-frontend does
+            # not expect; without the folder it takes its kernels in CUDA C++, as it does by itself.
+            complete = glob.glob(f"{folder}/cutlass/_mlir/_mlir_libs/_cutlass_ir.cu*.so")
+            if complete and folder not in sys.path:
                 sys.path.insert(0, folder)
         return super().load()
 
@@ -263,7 +298,7 @@ class CudnnFrontend(Contender):
         )
 
 
-CONTENDERS: list[Contender] = [This(), Fla(), FlashKda(), CudnnFrontend()]
+CONTENDERS: list[Contender] = [This(), Portable(), Fla(), FlashKda(), CudnnFrontend()]
 
 
 def serves(contender: Contender, suite: str) -> bool:

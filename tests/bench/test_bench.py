@@ -199,7 +199,8 @@ def test_who_serves_what():
         [c.name for c in contenders.CONTENDERS if contenders.serves(c, suite)]
         for suite in ("prefill", "decode")
     )
-    assert prefill == ["this", "fla", "flashkda-upstream", "cudnn-frontend"]
+    peers = ["fla", "flashkda-upstream", "cudnn-frontend"]
+    assert prefill == ["this", "this-portable", *peers]
     assert decode == ["this", "fla"]
 
 
