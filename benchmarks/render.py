@@ -38,8 +38,13 @@ def render(result: dict, stem: Path) -> str:
 
 
 def readme_prefill(result: dict) -> list[str]:
-    """Times of this package and of the fastest peer, as multiples of the byte floor too."""
+    """The figure, and times of this package and of the fastest peer in microseconds."""
     lines = [
+        "![GPU time of prefill over its byte floor, beside the peers](docs/figures/prefill.svg)",
+        "",
+        f"*{result['device']}, GPU time in microseconds, cold L2, bf16, fp32 states; in parentheses the multiple of "
+        "the time that reading the inputs and writing o takes. Bounded gate; fast and slow decay.*",
+        "",
         "| case | byte floor | this, fast | this, slow | fastest peer, fast | fastest peer, slow |",
         "|---|---:|---:|---:|---:|---:|",
     ]
@@ -70,6 +75,9 @@ def readme_layer(result: dict) -> list[str]:
     """Times of a layer's forward, and of the KDA call in it."""
     variants = list(dict.fromkeys(row["variant"] for row in result["rows"]))
     lines = [
+        "One KDA layer of Kimi-Linear-48B in transformers, prefill in bf16, with its KDA call from this package, from "
+        "flash-linear-attention, or from transformers' own torch code:",
+        "",
         f"| tokens | {' | '.join(variants)} |",
         f"|---|{'---:|' * len(variants)}",
     ]
@@ -78,7 +86,7 @@ def readme_layer(result: dict) -> list[str]:
         cells = [
             f"{row['us'] / 1e3:.2f} ms, KDA {row['kda_us'] / 1e3:.2f} ms"
             if row["us"] and row["kda_us"]
-            else "–"
+            else row["note"] or "–"
             for row in (rows[name] for name in variants)
         ]
         lines.append(f"| {case} | {' | '.join(cells)} |")

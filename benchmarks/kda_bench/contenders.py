@@ -153,7 +153,7 @@ class Fla(Contender):
         Each number of heads, packed or not, compiles some 120 variants anew; here they do so at the
         same time, each in a process of its own.
         """
-        self._shorten_autotuning()
+        self.shorten_autotuning()
         groups: dict[tuple[int, bool], list[str]] = {}
         for case, gate in points:
             # What the two bounded gates run is the same.
@@ -175,7 +175,7 @@ class Fla(Contender):
         Autotuner.prune_configs = lambda self, kwargs: self.configs[:1]
 
     @staticmethod
-    def _shorten_autotuning() -> None:
+    def shorten_autotuning() -> None:
         """25 ms a variant instead of 125: more than ten launches of the slowest kernel here."""
         import triton.testing
         from triton.runtime import driver
