@@ -37,14 +37,20 @@ def render(result: dict, stem: Path) -> str:
     return text
 
 
-def readme_prefill(result: dict) -> list[str]:
-    """The figure, and times of this package and of the fastest peer in microseconds."""
-    lines = [
+def readme_figure(result: dict) -> list[str]:
+    """The figure that --publish draws."""
+    return [
         "![GPU time of prefill over its byte floor, beside the peers](docs/figures/prefill.svg)",
         "",
-        f"*{result['device']}, GPU time in microseconds, cold L2, bf16, fp32 states; in parentheses the multiple of "
-        "the time that reading the inputs and writing o takes. Bounded gate; fast and slow decay.*",
-        "",
+        f"*Prefill on an {result['device']}: GPU time with a cold L2, as a multiple of the time that reading",
+        "the inputs and writing o takes by itself. Measured by `python benchmarks/compare.py`, drawn by",
+        "`benchmarks/render.py` from [docs/results/prefill.json](docs/results/prefill.json).*",
+    ]
+
+
+def readme_prefill(result: dict) -> list[str]:
+    """Times of this package and of the fastest peer in microseconds."""
+    lines = [
         "| case | byte floor | this, fast | this, slow | fastest peer, fast | fastest peer, slow |",
         "|---|---:|---:|---:|---:|---:|",
     ]
@@ -75,9 +81,6 @@ def readme_layer(result: dict) -> list[str]:
     """Times of a layer's forward, and of the KDA call in it."""
     variants = list(dict.fromkeys(row["variant"] for row in result["rows"]))
     lines = [
-        "One KDA layer of Kimi-Linear-48B in transformers, prefill in bf16, with its KDA call from this package, from "
-        "flash-linear-attention, or from transformers' own torch code:",
-        "",
         f"| tokens | {' | '.join(variants)} |",
         f"|---|{'---:|' * len(variants)}",
     ]
@@ -93,17 +96,18 @@ def readme_layer(result: dict) -> list[str]:
     return lines
 
 
-README: dict[str, Callable[[dict], list[str]]] = {
-    "prefill": readme_prefill,
-    "layer": readme_layer,
+# By the name of the JSON: what stands between which comments of the README.
+README: dict[str, dict[str, Callable[[dict], list[str]]]] = {
+    "prefill": {"prefill figure": readme_figure, "prefill table": readme_prefill},
+    "layer": {"layer table": readme_layer},
 }
 
 
 def replaced(readme: str, name: str, lines: list[str]) -> str:
-    """The README with `lines` between <!-- name.json --> and <!-- end -->."""
-    pattern = re.compile(rf"(<!-- {name}\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+    """The README with `lines` between <!-- name --> and <!-- end -->."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(readme):
-        raise ValueError(f"README.md has no '<!-- {name}.json -->' with an '<!-- end -->' after it")
+        raise ValueError(f"README.md has no '<!-- {name} -->' with an '<!-- end -->' after it")
     body = "\n".join(lines)
     return pattern.sub(lambda match: f"{match[1]}{body}\n{match[2]}", readme)
 
@@ -121,9 +125,9 @@ def main() -> None:
             continue
         if name == "prefill":
             figure.draw(result, [ROOT / "docs" / "figures" / "prefill.svg"])
-        if name in README:
-            readme = ROOT / "README.md"
-            readme.write_text(replaced(readme.read_text(), name, README[name](result)))
+        readme = ROOT / "README.md"
+        for block, write in README.get(name, {}).items():
+            readme.write_text(replaced(readme.read_text(), block, write(result)))
 
 
 if __name__ == "__main__":

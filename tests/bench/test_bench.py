@@ -251,12 +251,16 @@ def test_the_readmes_tables(tmp_path):
         in lines
     )
     assert sum(line.startswith("| H=") for line in lines) == len(cases.TABLE)
-    readme = "a\n<!-- prefill.json -->\nold\n<!-- end -->\nb\n<!-- end -->\n"
-    assert render.replaced(readme, "prefill", ["x", "y"]) == (
-        "a\n<!-- prefill.json -->\nx\ny\n<!-- end -->\nb\n<!-- end -->\n"
+    readme = "a\n<!-- prefill table -->\nold\n<!-- end -->\nb\n<!-- end -->\n"
+    assert render.replaced(readme, "prefill table", ["x", "y"]) == (
+        "a\n<!-- prefill table -->\nx\ny\n<!-- end -->\nb\n<!-- end -->\n"
     )
-    with pytest.raises(ValueError, match="layer.json"):
-        render.replaced(readme, "layer", [])
+    with pytest.raises(ValueError, match="layer table"):
+        render.replaced(readme, "layer table", [])
+    readme = (render.ROOT / "README.md").read_text()
+    for blocks in render.README.values():
+        for name in blocks:
+            assert render.replaced(readme, name, ["x"]) != readme
     pytest.importorskip("matplotlib")
     text = render.render(result, tmp_path / "prefill")
     assert "Asked of these numbers" in text and (tmp_path / "prefill.svg").exists()
