@@ -2,15 +2,12 @@
 # One command for a machine with a GPU and no network: `tools/on_gpu.sh tests compare ...`
 #
 #   parts    tests accuracy compare decode layer overhead sanitize demo (the default)
-#            quick (a short compare), hopper (the Hopper kernel's tests), bench (`kernels benchmark`),
-#            peers (installs and unpacks the wheels, as every call does first, and nothing more)
+#            quick (a short compare), hopper (the Hopper kernel's tests), bench (`kernels benchmark`)
 #   OUT      where results.tgz (logs and results) and fla-autotune.tgz go (default /tmp/out)
 #   LIMIT    seconds for all parts together (default 560); the part that meets it is cut short
 #   COMPARE_ARGS   more for benchmarks/compare.py, such as "--contender this flashkda-upstream"
 #   FLASHKDA_COMMIT   the commit under test, where the tree came without its history
 #   .whl     a folder of wheels that the machine lacks (tools/fetch_peers.sh fills it)
-#   .whl-cu13   site.tar.xz, from there too. Where both are too much for one call, a call for `peers`
-#            with this folder alone leaves it unpacked for the next one
 #   .carry/fla-autotune.tgz   what flash-linear-attention's autotuning found before: spares minutes
 #
 # A part that fails does not stop the others; the last lines say how each ended.
@@ -26,18 +23,12 @@ export PYTHONUNBUFFERED=1
 export LOCAL_KERNELS=${LOCAL_KERNELS:-moonshot/flashkda=$PWD}
 TRITON_CACHE=${TRITON_CACHE_DIR:-$HOME/.triton/cache}
 
-SITE=/tmp/site
-CU13=/tmp/site-cu13
-if [ -e .whl-cu13/site.tar.xz ] && [ ! -e "$CU13.unpacked" ]; then
-  python3 -m tarfile -e .whl-cu13/site.tar.xz "$CU13" && touch "$CU13.unpacked"
-fi
 if compgen -G '.whl/*.whl' >/dev/null; then
+  SITE=/tmp/site
   if [ ! -e "$SITE/.installed" ]; then
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
       --target "$SITE" .whl/*.whl && touch "$SITE/.installed"
   fi
-  # After pip, which replaces a folder that is there already.
-  [ ! -e "$CU13.unpacked" ] || cp -aln "$CU13/." "$SITE/"
   export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PATH=$SITE/bin:$PATH
 fi
 if [ -e .carry/fla-autotune.tgz ] && [ ! -e "$TRITON_CACHE" ]; then
@@ -73,7 +64,6 @@ nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader
 for name in "${PARTS[@]}"; do
   case $name in
     # Several processes: the float64 references of tests/ run on the CPU.
-    peers) ;;
     tests) OMP_NUM_THREADS=2 part tests 240 python3 -m pytest -q -n 6 -m gpu --durations=10 \
       --continue-on-collection-errors --timeout 200 tests ;;
     hopper) part hopper 240 python3 -m pytest -q -n 6 --durations=5 -rP --timeout 200 \

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import importlib
 import os
 import subprocess
@@ -258,22 +257,13 @@ class FlashKda(Contender):
 
 
 class CudnnFrontend(Contender):
-    """cuDNN-frontend: packed tokens, fp32 g and beta, states [N, H, V, K]."""
+    """cuDNN-frontend: packed tokens, fp32 g and beta, states [N, H, V, K].
+
+    On Hopper it takes its kernel in CUDA C++, which needs none of the CuTe DSL's packages.
+    """
 
     name = "cudnn-frontend"
     module = "cudnn.linear_attention.ops"
-
-    def load(self):
-        with contextlib.suppress(ImportError):
-            # A .pth file puts this folder on the path, but only if it lies in site-packages.
-            package = importlib.import_module("nvidia_cutlass_dsl")
-            folder = os.path.join(list(package.__path__)[0], "dsl_packages")
-            # Without the library for one version of CUDA the import raises what cuDNN-frontend does
-            # not expect; without the folder it takes its kernels in CUDA C++, as it does by itself.
-            complete = glob.glob(f"{folder}/cutlass/_mlir/_mlir_libs/_cutlass_ir.cu*.so")
-            if complete and folder not in sys.path:
-                sys.path.insert(0, folder)
-        return super().load()
 
     def prefill(self, x: Inputs) -> Bound:
         if x.gate == "softplus":
