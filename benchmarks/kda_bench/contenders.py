@@ -149,16 +149,16 @@ class Fla(Contender):
     def prepare_prefill(self, points: list[tuple[Case, str]]) -> None:
         """Fills Triton's cache.
 
-        Each number of heads, packed or not, compiles some 120 variants anew; here they do so at the
-        same time, each in a process of its own.
+        Each number of heads, packed or not, gate bounded or not, compiles some 120 variants anew;
+        here they do so at the same time, each in a process of its own.
         """
         self.shorten_autotuning()
-        groups: dict[tuple[int, bool], list[str]] = {}
+        groups: dict[tuple, list[str]] = {}
         for case, gate in points:
             # What the two bounded gates run is the same.
             if gate != "slow" or (case, "fast") not in points:
-                group = groups.setdefault((case.heads, len(case.seqlens) > 1), [])
-                group.append(f"{case.name}: {gate}")
+                key = (case.heads, len(case.seqlens) > 1, gate in ("fast", "slow"))
+                groups.setdefault(key, []).append(f"{case.name}: {gate}")
         benchmarks = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         command = [sys.executable, "-c", _COMPILE_FLA, benchmarks]
         pending = [(names, subprocess.Popen([*command, *names])) for names in groups.values()]

@@ -86,6 +86,8 @@ def changed(call: dict, what: str) -> dict:
     call = dict(call)
     if what == "g in fp32":
         call["g"] = call["g"].float()
+    elif what == "g in bf16":
+        call["g"] = call["g"].bfloat16()
     elif what == "grouped heads":
         call["q"], call["k"] = call["q"][:, :, ::4], call["k"][:, :, ::4]
     elif what == "bf16 state":
@@ -110,7 +112,7 @@ def changed(call: dict, what: str) -> dict:
 
 
 WHATS = (
-    "nothing", "g in fp32", "grouped heads", "bf16 state", "state_v_first", "no states",
+    "nothing", "g in fp32", "g in bf16", "grouped heads", "bf16 state", "state_v_first", "no states",
     "activated beta", "normalised q and k", "int32 cu_seqlens", "out",
 )  # fmt: skip
 
