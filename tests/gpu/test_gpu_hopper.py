@@ -80,7 +80,7 @@ def test_no_larger_than_flas_with_many_heads(flashkda, regime):
     fla = contenders.Fla()
     fla.tune_nothing()
     functions = {"this": flashkda.chunk_kda, "fla": fla.load().chunk_kda}
-    row = accuracy.measure(regime, (1024, 300, 77), functions, seed=13, heads=16)
+    row = accuracy.measure(regime, (1024, 300, 77), functions, seed=13, heads=24)
     assert accuracy.no_larger(row), row
 
 
