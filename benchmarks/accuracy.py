@@ -20,15 +20,20 @@ from kda_bench.yardstick import kda_float64, relative_error
 
 LENGTHS = ((64,), (1024,), (8192,), (1300, 547, 1, 271, 963))
 HEADS = 4
+# Enough that a kernel may divide its work otherwise than for HEADS.
+MANY_HEADS = 96
+MANY_HEADS_LENGTHS = (1024,)
 
 
-def measure(regime: str, seqlens: tuple[int, ...], functions: dict, seed: int) -> dict:
+def measure(
+    regime: str, seqlens: tuple[int, ...], functions: dict, seed: int, heads: int = HEADS
+) -> dict:
     """One row: the errors of each function, and those of a perfect result rounded to bf16."""
-    problem = make_problem(regime, seqlens, HEADS, "cuda", seed)
+    problem = make_problem(regime, seqlens, heads, "cuda", seed)
     o_ref, state_ref = kda_float64(**problem.reference_arguments())
     row = {
         "regime": regime,
-        "heads": HEADS,
+        "heads": heads,
         "seqlens": list(seqlens),
         "rounding_o": report.rounded(relative_error(o_ref.bfloat16(), o_ref)),
     }
@@ -62,18 +67,18 @@ def show(error: float | None) -> str:
 def line(row: dict, names: list[str]) -> str:
     errors = [" / ".join(show(row[n][e]) for e in ("error_o", "error_state")) for n in names]
     tokens = ", ".join(map(str, row["seqlens"]))
-    return " | ".join([row["regime"], tokens, show(row["rounding_o"]), *errors])
+    return " | ".join([row["regime"], str(row["heads"]), tokens, show(row["rounding_o"]), *errors])
 
 
 def markdown(result: dict, names: list[str]) -> str:
     lines = [
         f"{result['device']}. Commit {result['commit']}, `{result['command']}`.",
         "",
-        f"Relative error of o / final state against float64, {HEADS} heads; rounding: the error of",
-        "the exact o rounded to bf16.",
+        "Relative error of o / final state against float64; rounding: the error of the exact o rounded",
+        "to bf16.",
         "",
-        f"| regime | tokens | rounding | {' | '.join(names)} |",
-        f"| --- | --- | ---: | {' | '.join(['---:'] * len(names))} |",
+        f"| regime | heads | tokens | rounding | {' | '.join(names)} |",
+        f"| --- | ---: | --- | ---: | {' | '.join(['---:'] * len(names))} |",
     ]
     for row in result["rows"]:
         lines.append(f"| {line(row, names)} |")
@@ -98,9 +103,10 @@ def main() -> int:
         print(f"{name} is not installed ({reason})")
 
     result = report.header() | {"rows": []}
-    points = [(regime, seqlens) for regime in REGIMES for seqlens in LENGTHS]
-    for seed, (regime, seqlens) in enumerate(points):
-        row = measure(regime, seqlens, functions, seed)
+    sizes = [*((HEADS, seqlens) for seqlens in LENGTHS), (MANY_HEADS, MANY_HEADS_LENGTHS)]
+    points = [(regime, *size) for regime in REGIMES for size in sizes]
+    for seed, (regime, heads, seqlens) in enumerate(points):
+        row = measure(regime, seqlens, functions, seed, heads)
         result["rows"].append(row)
         print(f"{seed + 1}/{len(points)} {line(row, list(functions))}", flush=True)
     report.write_json(options.out / "accuracy.json", result)
@@ -111,7 +117,7 @@ def main() -> int:
         return 0
     larger = [row for row in result["rows"] if not no_larger(row)]
     for row in larger:
-        print(f"larger than fla's: {row['regime']}, {row['seqlens']}")
+        print(f"larger than fla's: {row['regime']}, {row['heads']} heads, {row['seqlens']}")
     return int(bool(larger))
 
 

@@ -4,8 +4,9 @@
     python benchmarks/compare.py [--quick] [--case "H=24 4x4096"] [--out DIR]
 
 All that are installed run in one process and get the same inputs; each result is held against
-float64 before its time counts. Times are GPU times of CUDA-graph replays with a cold L2. Writes
-prefill.json, prefill.md and a plot (docs/results/README.md); --suite decode writes decode.json.
+float64 before its time counts. "this-portable" is this package with FLASHKDA_PORTABLE=1. Times are
+GPU times of CUDA-graph replays with a cold L2. Writes prefill.json, prefill.md and a plot
+(docs/results/README.md); --suite decode writes decode.json.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from kda_bench import cases, contenders, report, timing
 from kda_bench.yardstick import kda_float64, relative_error
+from render import render
 
 # Right implementations in bf16 are at 3e-3 to 9e-3; what is off by more computes something else.
 ERROR_LIMIT = 2e-2
@@ -39,6 +41,8 @@ class Suite:
     floor_bytes: Callable[[cases.Inputs], int]
     # Tokens a chunk of the float64 yardstick.
     chunk: int
+    # The gates of a case, unless the command line says which.
+    gates: Callable[[Any], Sequence[str]]
 
 
 SUITES = {
@@ -51,6 +55,7 @@ SUITES = {
         lambda contender, inputs: contender.prefill(inputs),
         lambda inputs: inputs.token_bytes,
         32,
+        lambda case: cases.GATES if case.name in cases.EVERY_GATE else ("fast", "slow"),
     ),
     # Tokens are left out of the floor: 1 % of the states.
     "decode": Suite(
@@ -61,6 +66,7 @@ SUITES = {
         lambda contender, inputs: contender.decode(inputs),
         lambda inputs: inputs.state_bytes,
         1,
+        lambda case: ("fast",),
     ),
 }
 
@@ -68,11 +74,12 @@ SUITES = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     more, limit = parser.add_argument, "seconds a measurement (default 0.15)"
+    gates = "default: fast and slow, for two cases softplus and given too; decode: fast"
     more("--suite", choices=SUITES, default="prefill")
     more("--quick", action="store_true", help="a few cases instead of the whole table")
     more("--case", action="append", default=[], help='one more case, e.g. "H=96 1x8192"')
     more("--only", action="store_true", help="the cases given with --case and no others")
-    more("--gate", nargs="+", choices=cases.GATES, help="default: fast and slow; decode: fast")
+    more("--gate", nargs="+", choices=cases.GATES, help=gates)
     more("--contender", nargs="+", choices=[c.name for c in contenders.CONTENDERS])
     more("--budget", type=float, default=0.15, help=limit)
     more("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results")
@@ -85,8 +92,11 @@ def arguments() -> argparse.Namespace:
     if options.only and not given:
         parser.error("--only needs at least one --case")
     table = [] if options.only else suite.quick if options.quick else suite.table
-    options.cases = list(dict.fromkeys([*table, *given]))
-    options.gate = options.gate or (["fast"] if options.suite == "decode" else ["fast", "slow"])
+    options.points = [
+        (case, gate)
+        for case in dict.fromkeys([*table, *given])
+        for gate in options.gate or suite.gates(case)
+    ]
     return options
 
 
@@ -192,7 +202,7 @@ def main() -> int:
     started = time.monotonic()
     for contender in present:
         if options.suite == "prefill":
-            contender.prepare_prefill(options.cases)
+            contender.prepare_prefill(options.points)
         print(f"[{time.monotonic() - started:4.0f} s] {contender.name} is ready", flush=True)
 
     suite = SUITES[options.suite]
@@ -200,13 +210,12 @@ def main() -> int:
     result = report.header() | {"copy_tb_s": round(timing.copy_tb_s(), 4), "rows": []}
     print(f"{result['device']}, copy bandwidth {result['copy_tb_s']:.2f} TB/s", flush=True)
     timer = timing.Timer(options.budget)
-    points = [(case, gate) for case in options.cases for gate in options.gate]
     # Stopped by a time limit, a run still reports what it has.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped before the end"))
     try:
-        run(suite, points, present, timer, result, stem.with_suffix(".json"))
+        run(suite, options.points, present, timer, result, stem.with_suffix(".json"))
     finally:
-        print(f"\n{report.render(result, stem)}", flush=True)
+        print(f"[{time.monotonic() - started:4.0f} s] done\n\n{render(result, stem)}", flush=True)
     ours = [row for row in result["rows"] if row["contender"] == "this"]
     return int(any(row["us"] is None for row in ours))
 

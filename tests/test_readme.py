@@ -11,7 +11,7 @@ import pytest
 from fresh import TESTS, python
 
 CHECKOUT = TESTS.parent
-BLOCK = re.compile(r"^(?:<!-- (.+?) -->\n)?```python\n(.+?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?:<!-- ([^\n]+?) -->\n)?```python\n(.+?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = BLOCK.findall((CHECKOUT / "README.md").read_text())
 
 

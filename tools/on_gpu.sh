@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One command for a machine with a GPU and no network: `tools/on_gpu.sh tests compare ...`
 #
-#   parts    tests accuracy compare decode overhead sanitize demo (the default)
-#            quick (a short compare), bench (`kernels benchmark`)
+#   parts    tests accuracy compare decode layer overhead sanitize demo (the default)
+#            quick (a short compare), hopper (the Hopper kernel's tests), bench (`kernels benchmark`)
 #   OUT      where results.tgz (logs and results) and fla-autotune.tgz go (default /tmp/out)
 #   LIMIT    seconds for all parts together (default 560); the part that meets it is cut short
 #   COMPARE_ARGS   more for benchmarks/compare.py, such as "--contender this flashkda-upstream"
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-/tmp/out}
 LIMIT=${LIMIT:-560}
 PARTS=("$@")
-[ ${#PARTS[@]} -gt 0 ] || PARTS=(tests accuracy compare decode overhead sanitize demo)
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(tests accuracy compare decode layer overhead sanitize demo)
 RESULTS=$(mktemp -d)
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1
@@ -66,10 +66,13 @@ for name in "${PARTS[@]}"; do
     # Several processes: the float64 references of tests/ run on the CPU.
     tests) OMP_NUM_THREADS=2 part tests 240 python3 -m pytest -q -n 6 -m gpu --durations=10 \
       --continue-on-collection-errors --timeout 200 tests ;;
+    hopper) part hopper 240 python3 -m pytest -q -n 6 --durations=5 -rP --timeout 200 \
+      tests/gpu/test_gpu_hopper.py ;;
     accuracy) part accuracy 200 python3 benchmarks/accuracy.py --out "$RESULTS" ;;
     compare) part compare 560 python3 benchmarks/compare.py --out "$RESULTS" ${COMPARE_ARGS:-} ;;
     decode) part decode 200 python3 benchmarks/compare.py --suite decode --out "$RESULTS" ;;
     quick) part quick 240 python3 benchmarks/compare.py --quick --out "$RESULTS" ${COMPARE_ARGS:-} ;;
+    layer) part layer 200 python3 benchmarks/layer.py --out "$RESULTS" ;;
     overhead) part overhead 100 python3 benchmarks/overhead.py --out "$RESULTS" ;;
     sanitize) part sanitize 500 python3 tools/sanitize.py --timeout 120 --out "$RESULTS/sanitize" ;;
     bench) part bench 100 kernels benchmark "$PWD" --iterations 20 --warmup 3 ;;

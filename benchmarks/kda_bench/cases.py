@@ -82,6 +82,8 @@ TABLE = [
         "H=4 1x1024",
     )
 ]
+# Timed with every source of the gate; the others with "fast" and "slow".
+EVERY_GATE = ("H=96 1x8192", "H=32 1x8192")
 QUICK = [Case.parse(name) for name in ("H=96 1x8192", "H=96 mixed", "H=32 1x8192", "H=4 1x1024")]
 
 

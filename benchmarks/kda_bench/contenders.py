@@ -13,7 +13,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from .cases import Case, Inputs
 
 REPO_ID = "moonshot/flashkda"
+PORTABLE = "FLASHKDA_PORTABLE"
 
 
 class Declined(Exception):
@@ -44,8 +45,8 @@ class Contender:
         """The contender's module; an exception says why it is not installed."""
         return importlib.import_module(self.module)
 
-    def prepare_prefill(self, cases: list[Case]) -> None:
-        """Compiles ahead what would otherwise be compiled at the first call of each case."""
+    def prepare_prefill(self, points: list[tuple[Case, str]]) -> None:
+        """Compiles ahead what would otherwise be compiled at the first call of each case and gate."""
 
     def prefill(self, x: Inputs) -> Bound:
         raise Declined("serves no prefill")
@@ -73,6 +74,36 @@ class This(Contender):
 
     def decode(self, x: Inputs) -> Bound:
         return Bound(functools.partial(self.load().fused_recurrent_kda, **decode_arguments(x)))
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Calls of this package made inside take the kernels that serve every GPU."""
+    before = os.environ.get(PORTABLE)
+    os.environ[PORTABLE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PORTABLE]
+        else:
+            os.environ[PORTABLE] = before
+
+
+class Portable(This):
+    """This package without what it has for one architecture alone."""
+
+    name = "this-portable"
+    decode = Contender.decode
+
+    def prefill(self, x: Inputs) -> Bound:
+        bound = super().prefill(x)
+
+        def call():
+            with portable():
+                return bound.call()
+
+        return Bound(call, bound.read)
 
 
 def fla_arguments(x: Inputs) -> dict[str, Any]:
@@ -115,16 +146,19 @@ class Fla(Contender):
         os.environ["FLA_FLASH_KDA"] = os.environ["FLA_FLASHKDA"] = "0"
         return super().load()
 
-    def prepare_prefill(self, cases: list[Case]) -> None:
+    def prepare_prefill(self, points: list[tuple[Case, str]]) -> None:
         """Fills Triton's cache.
 
-        Each number of heads, packed or not, compiles some 120 variants anew; here they do so at the
-        same time, each in a process of its own.
+        Each number of heads, packed or not, gate bounded or not, compiles some 120 variants anew;
+        here they do so at the same time, each in a process of its own.
         """
-        self._shorten_autotuning()
-        groups: dict[tuple[int, bool], list[str]] = {}
-        for case in cases:
-            groups.setdefault((case.heads, len(case.seqlens) > 1), []).append(case.name)
+        self.shorten_autotuning()
+        groups: dict[tuple, list[str]] = {}
+        for case, gate in points:
+            # What the two bounded gates run is the same.
+            if gate != "slow" or (case, "fast") not in points:
+                key = (case.heads, len(case.seqlens) > 1, gate in ("fast", "slow"))
+                groups.setdefault(key, []).append(f"{case.name}: {gate}")
         benchmarks = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         command = [sys.executable, "-c", _COMPILE_FLA, benchmarks]
         pending = [(names, subprocess.Popen([*command, *names])) for names in groups.values()]
@@ -140,7 +174,7 @@ class Fla(Contender):
         Autotuner.prune_configs = lambda self, kwargs: self.configs[:1]
 
     @staticmethod
-    def _shorten_autotuning() -> None:
+    def shorten_autotuning() -> None:
         """25 ms a variant instead of 125: more than ten launches of the slowest kernel here."""
         import triton.testing
         from triton.runtime import driver
@@ -180,8 +214,9 @@ autotuner.get_cache_manager = read_only
 from kda_bench.cases import Case, make_inputs
 from kda_bench.contenders import Fla
 with torch.inference_mode():
-    for name in sys.argv[2:]:
-        Fla().prefill(make_inputs(Case.parse(name), "fast", "cuda")).call()
+    for point in sys.argv[2:]:
+        name, _, gate = point.partition(": ")
+        Fla().prefill(make_inputs(Case.parse(name), gate, "cuda")).call()
     torch.cuda.synchronize()
 """
 
@@ -222,19 +257,13 @@ class FlashKda(Contender):
 
 
 class CudnnFrontend(Contender):
-    """cuDNN-frontend: packed tokens, fp32 g and beta, states [N, H, V, K]."""
+    """cuDNN-frontend: packed tokens, fp32 g and beta, states [N, H, V, K].
+
+    On Hopper it takes its kernel in CUDA C++, which needs none of the CuTe DSL's packages.
+    """
 
     name = "cudnn-frontend"
     module = "cudnn.linear_attention.ops"
-
-    def load(self):
-        with contextlib.suppress(ImportError):
-            # A .pth file puts this folder on the path, but only if it lies in site-packages.
-            package = importlib.import_module("nvidia_cutlass_dsl")
-            folder = os.path.join(list(package.__path__)[0], "dsl_packages")
-            if folder not in sys.path:
-                sys.path.insert(0, folder)
-        return super().load()
 
     def prefill(self, x: Inputs) -> Bound:
         if x.gate == "softplus":
@@ -263,7 +292,7 @@ class CudnnFrontend(Contender):
         )
 
 
-CONTENDERS: list[Contender] = [This(), Fla(), FlashKda(), CudnnFrontend()]
+CONTENDERS: list[Contender] = [This(), Portable(), Fla(), FlashKda(), CudnnFrontend()]
 
 
 def serves(contender: Contender, suite: str) -> bool:

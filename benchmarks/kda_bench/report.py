@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ ROW = (
 )
 Row = dict[str, Any]
 
-# One a contender, in the order of the rows: this package first.
+# Of the decode suite's plot, one a contender in the order of the rows: this package first.
 COLORS = ("#c1121f", "#adb5bd", "#30638e", "#edae49")
 
 
@@ -78,6 +79,12 @@ def by_case(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     return table
 
 
+def fastest(group: dict[str, Row], names: Iterable[str]) -> Row | None:
+    """The row of the fastest of `names` that finished."""
+    finished = [group[name] for name in names if name in group and group[name]["us"]]
+    return min(finished, key=lambda row: row["us"], default=None)
+
+
 def speed_ups(rows: list[Row], peer: str, min_heads: int = 0) -> list[float]:
     """The peer's time over this package's, for the cases that both finished."""
     pairs = [
@@ -104,7 +111,7 @@ def markdown(result: dict[str, Any]) -> str:
     for (case, gate), group in by_case(rows).items():
         floor = next(iter(group.values()))["floor_us"]
         cells = [_time_cell(group.get(name)) for name in names]
-        lines.append(_line([case, gate, _us(floor), *cells]))
+        lines.append(_line([case, gate, show_us(floor), *cells]))
     lines += [
         "",
         "Relative error against float64, o / final state:",
@@ -149,14 +156,14 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _us(us: float) -> str:
+def show_us(us: float) -> str:
     return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
 
 
 def _time_cell(row: Row | None) -> str:
     if row is None or not row["us"]:
         return "–"
-    return f"{_us(row['us'])} ({row['us'] / row['floor_us']:.1f}×)"
+    return f"{show_us(row['us'])} ({row['us'] / row['floor_us']:.1f}×)"
 
 
 def _error_cell(row: Row | None) -> str:
@@ -224,17 +231,3 @@ def plot(result: dict[str, Any], stem: Path) -> list[Path]:
         figure.savefig(path, dpi=130)
     plt.close(figure)
     return paths
-
-
-def render(result: dict[str, Any], stem: Path) -> str:
-    """Writes stem.md and the plots; returns the Markdown."""
-    text = markdown(result)
-    stem.with_suffix(".md").write_text(text)
-    if result["rows"]:
-        plot(result, stem)
-    return text
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(render(json.loads(Path(name).read_text()), Path(name).with_suffix("")))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from kda_bench import cases, contenders, regimes, report, timing, yardstick
+from kda_bench import cases, checks, contenders, figure, regimes, report, timing, yardstick
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,108 @@ def test_a_result_that_json_cannot_hold_leaves_the_last_one(tmp_path):
     assert json.loads(path.read_text()) == {"us": 1.0}
 
 
-def test_plot(tmp_path):
+def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
-    paths = report.plot({"rows": rows()}, tmp_path / "prefill")
+    paths = report.plot({"rows": rows()}, tmp_path / "decode")
     assert [path.suffix for path in paths] == [".png", ".svg"]
+    paths += [tmp_path / "prefill.svg", tmp_path / "figures" / "prefill.png"]
+    figure.draw({"device": "a GPU", "rows": rows()}, paths[2:])
     assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def prefill_run() -> dict:
+    """A run that holds all that is asked of it. In slow decay the peers need twice the time."""
+
+    def row(case, gate, contender, us):
+        floor = 110.0 if gate == "given" else 100.0
+        error = 4e-3 if contender == "fla" else 3e-3
+        values = (case.name, case.heads, list(case.seqlens), gate, contender)
+        return dict(zip(report.ROW, (*values, us, us, us, floor, error, error, ""), strict=True))
+
+    times = {"this": 110.0, "this-portable": 300.0, "fla": 800.0, "flashkda-upstream": 400.0}
+    found = [
+        row(case, gate, name, us * (1 + (gate == "slow" and name in checks.PEERS)))
+        for case in cases.TABLE
+        for gate in (cases.GATES if case.name in cases.EVERY_GATE else ("fast", "slow"))
+        for name, us in (times | {"this": 15.0} if case.name == "H=4 1x1024" else times).items()
+    ]
+    for row_ in found:
+        if row_["gate"] == "given" and row_["contender"] == "this":
+            row_["us"] = 120.0
+        if row_["case"] == "H=12 1x2048" and row_["contender"] == "this":
+            row_["us"] = 30.0
+    return {
+        "device": "NVIDIA H200",
+        "commit": "c",
+        "command": "x",
+        "copy_tb_s": 4.27,
+        "rows": found,
+    }
+
+
+def test_a_good_run_holds_every_check():
+    lines = checks.markdown(prefill_run())
+    assert "not held" not in "\n".join(lines)
+    assert sum(line.startswith("* ") for line in lines) == len(checks.CHECKS)
+    assert "| H=32 16x2048 | 700 | 472 | 110 ok | 110 ok |" in lines
+    assert sum(line.startswith("| H=") for line in lines) == len(checks.TARGETS)
+
+
+@pytest.mark.parametrize(
+    "case, gate, contender, key, value, expected",
+    [
+        ("H=64 mixed", "slow", "this", "us", 421.0, "| 110 ok | 421 **not held** |"),
+        ("H=8 1x65536", "slow", "this", "us", 1300.0, "Few chains, us a step"),
+        ("H=16 8x2048", "fast", "this", "us", 310.0, "No row slower than the portable path"),
+        ("H=16 8x2048", "fast", "fla", "us", 100.0, "Faster than the fastest peer in every row"),
+        ("H=16 8x2048", "fast", "fla", "us", 299.0, "faster than flash-linear-attention in every"),
+        ("H=32 1x8192", "given", "this", "us", 140.0, "Gate sources within 15%"),
+        ("H=32 1x8192", "softplus", "this", "us", 90.0, "Gate sources within 15%"),
+        ("H=32 mixed", "fast", "this", "error_state", 5e-3, "error_state 0.005 > 0.004"),
+        ("H=32 mixed", "fast", "this", "error_o", None, "error_o None > 0.004"),
+        ("H=64 8x1024", "fast", "this-portable", "us", 1e30, "in the geomean of H >= 64"),
+    ],
+)
+def test_a_check_that_is_not_held_says_so(case, gate, contender, key, value, expected):
+    result = prefill_run()
+    for row in result["rows"]:
+        if (row["case"], row["gate"], row["contender"]) == (case, gate, contender):
+            row[key] = value
+    broken = [line for line in checks.markdown(result) if "not held" in line]
+    assert any(expected in line for line in broken), broken
+
+
+def test_checks_without_peers_or_targets():
+    result = prefill_run()
+    result["rows"] = [row for row in result["rows"] if row["contender"] == "fla"]
+    assert checks.markdown(result) == []
+    result = prefill_run() | {"device": "another GPU"}
+    assert not any("must" in line for line in checks.markdown(result))
+
+
+def test_the_readmes_tables(tmp_path):
+    import render
+
+    result = prefill_run()
+    lines = render.readme_prefill(result)
+    assert (
+        "| H=96 mixed | 100 | **110** (1.1×) | **110** (1.1×) | 400 FlashKDA | 800 FlashKDA |"
+        in lines
+    )
+    assert sum(line.startswith("| H=") for line in lines) == len(cases.TABLE)
+    readme = "a\n<!-- prefill table -->\nold\n<!-- end -->\nb\n<!-- end -->\n"
+    assert render.replaced(readme, "prefill table", ["x", "y"]) == (
+        "a\n<!-- prefill table -->\nx\ny\n<!-- end -->\nb\n<!-- end -->\n"
+    )
+    with pytest.raises(ValueError, match="layer table"):
+        render.replaced(readme, "layer table", [])
+    readme = (render.ROOT / "README.md").read_text()
+    for blocks in render.README.values():
+        for name in blocks:
+            assert render.replaced(readme, name, ["x"]) != readme
+    pytest.importorskip("matplotlib")
+    text = render.render(result, tmp_path / "prefill")
+    assert "Asked of these numbers" in text and (tmp_path / "prefill.svg").exists()
 
 
 def test_errors_beside_flas():
@@ -199,7 +296,8 @@ def test_who_serves_what():
         [c.name for c in contenders.CONTENDERS if contenders.serves(c, suite)]
         for suite in ("prefill", "decode")
     )
-    assert prefill == ["this", "fla", "flashkda-upstream", "cudnn-frontend"]
+    peers = ["fla", "flashkda-upstream", "cudnn-frontend"]
+    assert prefill == ["this", "this-portable", *peers]
     assert decode == ["this", "fla"]
 
 
@@ -218,9 +316,16 @@ def test_compare_reads_its_command_line(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["compare.py", "--quick", "--case", "H=7 1x8"])
     options = compare.arguments()
-    names = [case.name for case in options.cases]
-    assert names == [*(case.name for case in cases.QUICK), "H=7 1x8"]
-    assert options.gate == ["fast", "slow"]
+    points = [(case.name, gate) for case, gate in options.points]
+    every = [(name, gate) for name in cases.EVERY_GATE for gate in cases.GATES]
+    assert set(every) <= set(points)
+    assert [name for name, gate in points if gate == "fast"] == [
+        *(case.name for case in cases.QUICK),
+        "H=7 1x8",
+    ]
+    assert points[-2:] == [("H=7 1x8", "fast"), ("H=7 1x8", "slow")]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--quick", "--gate", "given"])
+    assert {gate for _, gate in compare.arguments().points} == {"given"}
     monkeypatch.setattr(sys, "argv", ["compare.py", "--case", "H=7"])
     with pytest.raises(SystemExit):
         compare.arguments()

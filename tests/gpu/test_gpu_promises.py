@@ -11,9 +11,10 @@ from kda_bench.yardstick import kda_float64
 SEQLENS = (130, 0, 1, 64, 77, 300)
 
 
-@pytest.fixture
-def problem():
-    return make_problem("bounded, slow", SEQLENS, 3, DEVICE)
+# Few and many (sequence, head) pairs: a kernel may divide its work otherwise.
+@pytest.fixture(params=[3, 24])
+def problem(request):
+    return make_problem("bounded, slow", SEQLENS, request.param, DEVICE)
 
 
 def decode_arguments(B: int = 6, T: int = 1, heads: int = 3) -> dict:
@@ -29,7 +30,8 @@ def decode_arguments(B: int = 6, T: int = 1, heads: int = 3) -> dict:
 
 def other_contents(problem, seqlens: tuple[int, ...], seed: int) -> None:
     """Overwrites every input of a captured call in place."""
-    new = make_problem("bounded, slow", seqlens, 3, DEVICE, seed)
+    heads = problem.arguments["v"].shape[2]
+    new = make_problem("bounded, slow", seqlens, heads, DEVICE, seed)
     for name in (*PER_TOKEN, "A_log", "dt_bias", "initial_state", "cu_seqlens"):
         problem.arguments[name].copy_(new.arguments[name])
 
@@ -123,9 +125,10 @@ def poison_free_memory() -> None:
     del blocks
 
 
+@pytest.mark.parametrize("heads", [3, 24])
 @pytest.mark.parametrize("regime", ["bounded, slow", "softplus, steep", "given, to -1000"])
-def test_poisoned_outputs_and_workspaces(flashkda, regime):
-    call = make_problem(regime, SEQLENS, 3, DEVICE).arguments
+def test_poisoned_outputs_and_workspaces(flashkda, regime, heads):
+    call = make_problem(regime, SEQLENS, heads, DEVICE).arguments
     o_ref, state_ref = flashkda.chunk_kda(**call)
     out = torch.empty_like(o_ref)
     for _ in range(3):
@@ -139,8 +142,9 @@ def test_poisoned_outputs_and_workspaces(flashkda, regime):
 
 def test_out_may_be_a_view_and_its_surroundings_stay(flashkda, problem):
     o_ref, _ = flashkda.chunk_kda(**problem.arguments)
-    wide = torch.full((1, sum(SEQLENS) + 2, 5, 160), 7.0, device=DEVICE, dtype=o_ref.dtype)
-    view = wide[:, 1:-1, 1:4, 16:144]
+    shape = (1, sum(SEQLENS) + 2, o_ref.shape[2] + 2, 160)
+    wide = torch.full(shape, 7.0, device=DEVICE, dtype=o_ref.dtype)
+    view = wide[:, 1:-1, 1:-1, 16:144]
     flashkda.chunk_kda(**problem.arguments, out=view)
     assert torch.equal(view, o_ref)
     view.fill_(7.0)
@@ -169,7 +173,7 @@ def test_nan_stays_in_its_sequence_and_head(flashkda, problem, name, value):
     assert torch.equal(o, o_ref) and torch.equal(state, state_ref)
 
 
-@pytest.mark.parametrize("seqlens, heads", [(SEQLENS, 3), ((2048,), 12)])
+@pytest.mark.parametrize("seqlens, heads", [(SEQLENS, 3), (SEQLENS, 24), ((2048,), 12)])
 def test_two_hundred_runs_give_the_same_bits(flashkda, seqlens, heads):
     call = make_problem("bounded, slow", seqlens, heads, DEVICE).arguments
     o_ref, state_ref = flashkda.chunk_kda(**call)
@@ -260,6 +264,6 @@ def test_head_dims_are_refused_by_name(flashkda, problem):
     for name in ("q", "k", "g"):
         problem.arguments[name] = problem.arguments[name][..., :96].contiguous()
     problem.arguments["initial_state"] = problem.arguments["initial_state"][:, :, :96].contiguous()
-    problem.arguments["dt_bias"] = problem.arguments["dt_bias"].view(3, 128)[:, :96].contiguous()
+    problem.arguments["dt_bias"] = problem.arguments["dt_bias"].view(-1, 128)[:, :96].contiguous()
     with pytest.raises((TypeError, ValueError, NotImplementedError), match="96"):
         flashkda.chunk_kda(**problem.arguments)
