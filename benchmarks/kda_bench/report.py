@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from . import batches
+
 ROW = (
     "case",
     "heads",
@@ -230,7 +232,10 @@ def render(result: dict[str, Any], stem: Path) -> str:
     """Writes stem.md and the plots; returns the Markdown."""
     text = markdown(result)
     stem.with_suffix(".md").write_text(text)
-    if result["rows"]:
+    rows = result["rows"]
+    if rows and all(row["case"].startswith("decode ") for row in rows):
+        batches.plot(result, stem, dict(zip(contenders_of(rows), COLORS)))
+    elif rows:
         plot(result, stem)
     return text
 
