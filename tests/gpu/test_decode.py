@@ -169,3 +169,35 @@ def test_more_sequences_than_a_grid_has_rows(flashkda):
         few = {name: call[name][part] for name in (*PER_TOKEN, "initial_state")}
         o_few, state_few = flashkda.fused_recurrent_kda(**{**call, **few})
         assert torch.equal(o[part], o_few) and torch.equal(state[part], state_few)
+
+
+def test_the_layer_of_transformers_captured(flashkda):
+    """One step of the recurrent layer, its state fed back, captured once and replayed by token."""
+    T = 48
+    call = make(5, B=2, T=T, H=4, K=128, V=128, state=None, device=DEVICE)
+    layer = flashkda.layers.recurrent_kimi_delta_attention()
+    token = {name: call[name][:, :1].clone() for name in PER_TOKEN}
+    state = torch.zeros(2, 4, 128, 128, device=DEVICE)
+
+    def step() -> torch.Tensor:
+        o, after = layer(
+            *(token[name] for name in PER_TOKEN), initial_state=state, output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+        state.copy_(after)
+        return o
+
+    with torch.inference_mode():
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        state.zero_()
+        outputs = []
+        for t in range(T):
+            for name in PER_TOKEN:
+                token[name].copy_(call[name][:, t : t + 1])
+            graph.replay()
+            outputs.append(captured.clone())
+        o, final_state = flashkda.fused_recurrent_kda(**call)
+    assert torch.equal(torch.cat(outputs, 1), o) and torch.equal(state, final_state)
