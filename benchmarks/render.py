@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from kda_bench import checks, figure, report
+from kda_bench import batches, checks, figure, report
 
 ROOT = Path(__file__).parent.parent
 SUFFIXES = (".png", ".svg")
@@ -30,6 +30,9 @@ def render(result: dict, stem: Path) -> str:
         try:
             if prefill:
                 figure.draw(result, [stem.with_suffix(suffix) for suffix in SUFFIXES])
+            elif stem.name == "decode":
+                names = report.contenders_of(result["rows"])
+                batches.plot(result, stem, dict(zip(names, report.COLORS)))
             else:
                 report.plot(result, stem)
         except ImportError as error:

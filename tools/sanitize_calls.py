@@ -73,6 +73,18 @@ def recurrent_calls():
     pool = {"initial_state": state, "inplace_final_state": True}
     rows = torch.tensor([5, -1, 0, 99, 2, 7, 1, 3, 4, 6, -1, -1], dtype=torch.int32)
     yield "a pool", batch(12) | pool | {"ssm_state_indices": rows}
+    bf16 = {"initial_state": state.bfloat16(), "inplace_final_state": True, "state_v_first": True}
+    yield "a bf16 pool, V first", batch(12) | bf16 | {"ssm_state_indices": rows.long()}
+    padded = torch.randn(8, 2 * 128 * 128 + 3)[:, 3:].unflatten(1, (2, 128, 128))
+    yield (
+        "a pool of padded rows",
+        batch(12)
+        | pool
+        | {
+            "initial_state": padded,
+            "ssm_state_indices": rows,
+        },
+    )
     speculative = rows.reshape(4, 3)
     accepted = torch.tensor([1, 3, 2, 1], dtype=torch.int32)
     indices = {"ssm_state_indices": speculative, "num_accepted_tokens": accepted}

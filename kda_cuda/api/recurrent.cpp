@@ -30,9 +30,8 @@ Pool to_pool(const std::optional<Tensor>& state_indices,
 
 void run(const Problem& p, const Pool& pool, const Tensor& q) {
   const Launch launch(q);
-  const Target& target = target_of(launch.device());
-  check_launch(sm80::decode::launch(p, pool, target.multiprocessors, launch.stream()),
-               "fused_recurrent_kda", launch.device());
+  check_launch(sm80::decode::launch(p, pool, launch.stream()), "fused_recurrent_kda",
+               launch.device());
 }
 
 }  // namespace

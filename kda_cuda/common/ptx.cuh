@@ -87,6 +87,16 @@ __device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool k
                : "memory");
 }
 
+// 16 bytes that are read once.
+__device__ __forceinline__ uint4 load_streaming_16(const void* gmem) {
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(gmem)
+               : "memory");
+  return x;
+}
+
 // Transposes the 8x8 matrix of 16-bit elements that a warp holds as row lane / 4, columns 2 (lane %
 // 4) + {0, 1}.
 __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {

@@ -1,279 +1,302 @@
-// The recurrence over a few tokens. A work item is kSliceV columns of one head's state, which do
+// The recurrence over a few tokens. A block works on kSliceV columns of one head's state, which do
 // not depend on the others, over all tokens of a sequence: they are loaded once, stay in registers,
 // and are stored once.
 //
-// A block works on items blockIdx, blockIdx + gridDim, ... in blocks of tokens. While it works on
-// one, the inputs of the next block of tokens and, behind an item's last, the state of the next
-// item are on their way: the state in shared memory, where it costs no registers.
+// Every load of a block is issued before the first is waited for, and blocks are many and short:
+// while one computes, others load and store.
 #pragma once
 
 #include "../../common/convert.cuh"
-#include "../../common/divide.cuh"
-#include "../../common/params.h"
 #include "../../common/warp.cuh"
 #include "config.h"
+#include "params.h"
 #include "state.cuh"
 #include "tokens.cuh"
 
 namespace flashkda::cuda::sm80::decode {
 
-struct Params {
-  Problem p;
-  Pool pool;
-  int items;
-  Divider slices, HV, heads_per_key;    // V / kSliceV, HV, HV / H
-  bool initial_aligned, final_aligned;  // 16-byte vectors can be used
-};
-
 constexpr int64_t kNoRow = -1;
 
-__device__ __forceinline__ int64_t slot_of(const Pool& pool, int64_t n, int64_t t) {
-  return load_index(pool.state_indices, n * pool.stride_n + t * pool.stride_t,
-                    pool.state_indices_64);
+__device__ __forceinline__ int64_t slot_of(const Params& p, int64_t n, int64_t t) {
+  return load_index(p.state_indices, n * p.indices_stride_n + t * p.indices_stride_t,
+                    p.state_indices_64);
 }
 
-__device__ __forceinline__ bool slot_valid(int64_t slot, const StateTensor& states) {
+__device__ __forceinline__ bool slot_valid(int64_t slot, const States& states) {
   return slot >= kNoRow && slot < states.size;
 }
 
-__device__ __forceinline__ bool keeps_every_state(const Pool& pool) {
-  return pool.in_place && pool.per_token;
+__device__ __forceinline__ bool keeps_every_state(const Params& p) {
+  return p.in_place && p.per_token;
 }
 
 struct Item {
-  int64_t n;  // sequence
-  int hv, slice;
-  int64_t b, begin;  // batch row and its first token
-  int length;        // tokens
-  int64_t o_at;      // element of o where the next one goes
-  int64_t source;    // row of the state to start from, kNoRow: zero
-  int64_t target;    // row that takes the state after the last token, kNoRow: none
-  // 1: no index is out of range. 0: the output is NaN and no row of a pool is touched. Not a bool,
-  // as those are packed and unpacked where they live across a loop.
-  int valid;
+  uint32_t n;  // sequence
+  uint32_t hv, slice;
+  uint32_t b;     // batch row
+  int64_t begin;  // its first token in that row
+  int length;     // tokens
 };
 
-__device__ __forceinline__ Item find_item(const Params& params, int index) {
-  const Problem& p = params.p;
-  const Pool& pool = params.pool;
+template <bool kOne>
+__device__ __forceinline__ Item find_item(const Params& p, uint32_t n) {
   // Slices of a head, then heads, lie next to each other in memory and are worked on at the same
   // time.
-  const int head = params.slices.divide(index);
-  const int n = params.HV.divide(head);
   Item item;
-  item.slice = index - head * (p.V / kSliceV);
-  item.hv = head - n * p.HV;
-  item.n = n;
-
-  item.b = item.n;
+  item.slice = blockIdx.x & ((1u << p.log2_slices) - 1);
+  item.hv = blockIdx.x >> p.log2_slices;
+  item.n = item.b = n;
   item.begin = 0;
-  item.length = static_cast<int>(p.T);
-  if (p.cu_seqlens != nullptr) {
+  item.length = kOne ? 1 : static_cast<int>(p.T);
+  if (!kOne && p.cu_seqlens != nullptr) {
     // Nothing has checked what lies on the device: what is not within the tokens is taken for
     // empty.
     item.b = 0;
     item.begin = load_index(p.cu_seqlens, item.n, p.cu_seqlens_64);
-    const int64_t end = load_index(p.cu_seqlens, item.n + 1, p.cu_seqlens_64);
+    const int64_t end = load_index(p.cu_seqlens, int64_t{item.n} + 1, p.cu_seqlens_64);
     const bool within = item.begin >= 0 && item.begin <= end && end <= p.T;
     item.length = within ? static_cast<int>(end - item.begin) : 0;
   }
-
-  item.o_at = item.b * p.o.stride_b + item.begin * p.o.stride_t + item.hv * p.o.stride_h +
-              item.slice * kSliceV;
-
-  item.source = item.target = item.n;
-  item.valid = true;
-  if (pool.state_indices != nullptr) {
-    int64_t t = 0;
-    if (pool.per_token) {
-      if (pool.num_accepted_tokens != nullptr) {
-        t = load_index(pool.num_accepted_tokens, item.n, pool.num_accepted_tokens_64) - 1;
-      }
-      item.valid = t >= 0 && t < pool.width;
-    }
-    item.source = item.valid ? slot_of(pool, item.n, t) : kNoRow;
-    item.valid = item.valid && slot_valid(item.source, p.initial_state);
-    if (keeps_every_state(pool)) {
-      bool valid = true;
-      for (int i = threadIdx.x % 32; i < item.length && i < pool.width; i += 32) {
-        valid = valid && slot_valid(slot_of(pool, item.n, i), p.final_state);
-      }
-      item.valid = __all_sync(~0u, valid) && item.valid;
-    }
-    if (pool.in_place) item.target = item.source;
-  }
-  if (p.initial_state.ptr == nullptr) item.source = kNoRow;
-  if (p.final_state.ptr == nullptr || keeps_every_state(pool)) item.target = kNoRow;
-  if (pool.in_place && (!item.valid || item.length == 0)) item.target = kNoRow;
   return item;
 }
+
+struct Rows {
+  int64_t source;  // row of the state to start from, kNoRow: zero
+  int64_t target;  // row that takes the state after the last token, kNoRow: none
+  // No index is out of range. Else the output is NaN and no row of a pool is touched.
+  bool valid;
+};
+
+template <bool kOne>
+__device__ __forceinline__ Rows find_rows(const Params& p, const Item& item) {
+  Rows rows{item.n, item.n, true};
+  if (p.state_indices != nullptr) {
+    int64_t t = 0;
+    if (!kOne && p.per_token) {
+      if (p.num_accepted_tokens != nullptr) {
+        t = load_index(p.num_accepted_tokens, item.n, p.accepted_64) - 1;
+      }
+      rows.valid = t >= 0 && t < p.indices_width;
+    }
+    rows.source = rows.valid ? slot_of(p, item.n, t) : kNoRow;
+    rows.valid = rows.valid && slot_valid(rows.source, p.initial_state);
+    if (!kOne && keeps_every_state(p)) {
+      bool valid = true;
+      for (int i = threadIdx.x % 32; i < item.length && i < p.indices_width; i += 32) {
+        valid = valid && slot_valid(slot_of(p, item.n, i), p.final_state);
+      }
+      rows.valid = __all_sync(~0u, valid) && rows.valid;
+    }
+    if (p.in_place) rows.target = rows.source;
+  }
+  if (p.initial_state.ptr == nullptr) rows.source = kNoRow;
+  if (p.final_state.ptr == nullptr || (!kOne && keeps_every_state(p))) rows.target = kNoRow;
+  if (p.in_place && (!rows.valid || item.length == 0)) rows.target = kNoRow;
+  return rows;
+}
+
+// Sums that need all of K, of a token whose k and q are not normalised.
+struct Norms {
+  float k, q;  // what k and q are multiplied by; 1 without l2norm
+  float qk;
+};
+
+__device__ __forceinline__ Norms to_norms(float kk, float qq, float qk, bool l2norm) {
+  if (!l2norm) return {1.f, 1.f, qk};
+  constexpr float kEps = 1e-6f;
+  return {rsqrtf(kk + kEps), rsqrtf(qq + kEps), qk};
+}
+
+// Sums x[i] over the lanes that differ in the bits from `stride` to `end` of their number; the sum
+// of x[i] is returned where the lowest of these bits spell i.
+template <int n>
+__device__ __forceinline__ float spread_sum(float (&x)[n], int lane, int stride, int end) {
+  float sum = transposed_sum(x, lane, stride);
+#pragma unroll
+  for (int mask = n * stride; mask < end; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+  return sum;
+}
+
+template <int K>
+struct Scratch {
+  float k_S[kWarps][kSliceV], q_S[kWarps][kSliceV];  // sums over a warp's channels, of [K, V]
+  float4 norms[kWarps];                              // k k, q q, q k over a warp's channels
+};
 
 // One token, in the letters of docs/architecture.md, with S' = Diag(decay) S:
 //
 //   u = beta (v - S'^T k)    S = S' + k u^T    o = scale S^T q = scale (S'^T q + (q.k) u)
 //
-// so that both sums over K are taken of S' at once. `reduced` is scratch that must not be in use by
-// a step whose results some thread has not seen yet.
+// so that all sums over K are taken at once. Between two steps that use `scratch` is a barrier.
 template <DType kIn, int K>
 __device__ __forceinline__ void step(StateSlice<kIn, K, false>& state, const Token<K>& token,
-                                     const Problem& p, int64_t o_at,
-                                     float (&reduced)[2][kWarps][kSliceV]) {
+                                     const Params& p, int64_t o_at, Scratch<K>& scratch) {
   using Slice = StateSlice<kIn, K, false>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = Slice::row(0);
-  float sk[Slice::kWidth] = {}, sq[Slice::kWidth] = {};
+  float sk[Slice::kWidth] = {}, sq[Slice::kWidth] = {}, norms[4] = {};
+  float k[Slice::kVectors];
 #pragma unroll
   for (int i = 0; i < Slice::kVectors; ++i) {
-    const float decay = token.decay[row + i], k = token.k[row + i], q = token.q[row + i];
+    const float decay = token.decay[row + i], q = token.q[row + i];
+    k[i] = token.k[row + i];
+    norms[0] += k[i] * k[i];
+    norms[1] += q * q;
+    norms[2] += q * k[i];
 #pragma unroll
     for (int j = 0; j < Slice::kWidth; ++j) {
       state.s[i][j] *= decay;
-      sk[j] += state.s[i][j] * k;
+      sk[j] += state.s[i][j] * k[i];
       sq[j] += state.s[i][j] * q;
     }
   }
   static_assert(Slice::kGroups == Slice::kWidth, "as many sums as lanes that share them");
   const int own = Slice::column() + lane / Slice::kLanes;
-  reduced[0][warp][own] = transposed_sum(sk, lane, Slice::kLanes);
-  reduced[1][warp][own] = transposed_sum(sq, lane, Slice::kLanes);
-  const Sums sums = token_sums(token, p.l2norm);
+  scratch.k_S[warp][own] = transposed_sum(sk, lane, Slice::kLanes);
+  scratch.q_S[warp][own] = transposed_sum(sq, lane, Slice::kLanes);
+  const float norm = spread_sum(norms, lane, Slice::kLanes, 32);
+  if (lane % Slice::kLanes == 0 && lane / Slice::kLanes < 4) {
+    reinterpret_cast<float*>(&scratch.norms[warp])[lane / Slice::kLanes] = norm;
+  }
   __syncthreads();
 
   // From here on a lane stands for one column of the slice, in every warp.
-  float k_S = 0.f, q_S = 0.f;
+  float k_S = 0.f, q_S = 0.f, kk = 0.f, qq = 0.f, qk = 0.f;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    k_S += reduced[0][w][lane];
-    q_S += reduced[1][w][lane];
+    k_S += scratch.k_S[w][lane];
+    q_S += scratch.q_S[w][lane];
+    const float4 part = scratch.norms[w];
+    kk += part.x;
+    qq += part.y;
+    qk += part.z;
   }
-  const float u = token.beta * (token.v[lane] - sums.k_norm * k_S);
-  const float ku = sums.k_norm * u;
+  const Norms norm_of = to_norms(kk, qq, qk, p.l2norm);
+  const float u = token.beta * (token.v[lane] - norm_of.k * k_S);
+  const float ku = norm_of.k * u;
   if (warp == 0) {
-    store_float(p.o.ptr, o_at + lane, p.o.dtype, p.scale * sums.q_norm * (q_S + sums.qk * ku));
+    store_float(p.o.ptr, o_at + lane, static_cast<DType>(p.dtype),
+                p.scale * norm_of.q * (q_S + norm_of.qk * ku));
   }
   float ku_of[Slice::kWidth];
 #pragma unroll
   for (int j = 0; j < Slice::kWidth; ++j) ku_of[j] = __shfl_sync(~0u, ku, Slice::column() + j);
 #pragma unroll
   for (int i = 0; i < Slice::kVectors; ++i) {
-    const float k = token.k[row + i];
 #pragma unroll
-    for (int j = 0; j < Slice::kWidth; ++j) state.s[i][j] += k * ku_of[j];
+    for (int j = 0; j < Slice::kWidth; ++j) state.s[i][j] += k[i] * ku_of[j];
   }
 }
 
 // The same with rows of S^T: the sums stay within a warp.
 template <DType kIn, int K>
 __device__ __forceinline__ void step(StateSlice<kIn, K, true>& state, const Token<K>& token,
-                                     const Problem& p, int64_t o_at,
-                                     float (&)[2][kWarps][kSliceV]) {
+                                     const Params& p, int64_t o_at, Scratch<K>&) {
   using Slice = StateSlice<kIn, K, true>;
   const int lane = threadIdx.x % 32;
   const int channel = Slice::column();
-  float sk[Slice::kVectors] = {}, sq[Slice::kVectors] = {};
+  float sk[Slice::kVectors] = {}, sq[Slice::kVectors] = {}, norms[4] = {};
+  float k[Slice::kWidth];
 #pragma unroll
   for (int j = 0; j < Slice::kWidth; ++j) {
-    const float decay = token.decay[channel + j], k = token.k[channel + j];
-    const float q = token.q[channel + j];
+    const float decay = token.decay[channel + j], q = token.q[channel + j];
+    k[j] = token.k[channel + j];
+    norms[0] += k[j] * k[j];
+    norms[1] += q * q;
+    norms[2] += q * k[j];
 #pragma unroll
     for (int i = 0; i < Slice::kVectors; ++i) {
       state.s[i][j] *= decay;
-      sk[i] += state.s[i][j] * k;
+      sk[i] += state.s[i][j] * k[j];
       sq[i] += state.s[i][j] * q;
     }
   }
-  float k_S = transposed_sum(sk, lane, 1), q_S = transposed_sum(sq, lane, 1);
-#pragma unroll
-  for (int mask = Slice::kVectors; mask < Slice::kLanes; mask *= 2) {
-    k_S += __shfl_xor_sync(~0u, k_S, mask);
-    q_S += __shfl_xor_sync(~0u, q_S, mask);
-  }
+  const float norm = spread_sum(norms, lane, 1, Slice::kLanes);
+  const float k_S = spread_sum(sk, lane, 1, Slice::kLanes);
+  const float q_S = spread_sum(sq, lane, 1, Slice::kLanes);
+  const Norms norm_of = to_norms(__shfl_sync(~0u, norm, 0), __shfl_sync(~0u, norm, 1),
+                                 __shfl_sync(~0u, norm, 2), p.l2norm);
 
   // From here on a lane stands for the row of its vector number lane % kVectors.
-  const Sums sums = token_sums(token, p.l2norm);
   const int own = Slice::row(lane % Slice::kVectors);
-  const float u = token.beta * (token.v[own] - sums.k_norm * k_S);
-  const float ku = sums.k_norm * u;
+  const float u = token.beta * (token.v[own] - norm_of.k * k_S);
+  const float ku = norm_of.k * u;
   if (lane % Slice::kLanes < Slice::kVectors) {
-    store_float(p.o.ptr, o_at + own, p.o.dtype, p.scale * sums.q_norm * (q_S + sums.qk * ku));
+    store_float(p.o.ptr, o_at + own, static_cast<DType>(p.dtype),
+                p.scale * norm_of.q * (q_S + norm_of.qk * ku));
   }
 #pragma unroll
   for (int i = 0; i < Slice::kVectors; ++i) {
     const float ku_of = __shfl_sync(~0u, ku, lane - lane % Slice::kLanes + i);
 #pragma unroll
-    for (int j = 0; j < Slice::kWidth; ++j) state.s[i][j] += token.k[channel + j] * ku_of;
+    for (int j = 0; j < Slice::kWidth; ++j) state.s[i][j] += k[j] * ku_of;
   }
 }
 
-template <DType kIn, int K, bool kVFirst>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    recurrent_kda_kernel(const __grid_constant__ Params params) {
+// kOne: every sequence has one token, and no indices are per token.
+template <DType kIn, int K, bool kVFirst, bool kOne>
+__global__ void __launch_bounds__(kThreads, kOne ? kBlocksPerSMOne : kBlocksPerSM)
+    recurrent_kda_kernel(const __grid_constant__ Params p) {
   using Slice = StateSlice<kIn, K, kVFirst>;
-  __shared__ typename Slice::Stage stage;
-  __shared__ Token<K> tokens[2][kBlockTokens];
-  __shared__ float reduced[2][2][kWarps][kSliceV];
-  const Problem& p = params.p;
-  const Pool& pool = params.pool;
+  constexpr int kBlock = kOne ? 1 : kBlockTokens;
+  __shared__ Token<K> tokens[kOne ? 1 : 2][kBlock];
+  __shared__ Scratch<K> scratch;
 
-  Slice state;
-  TokenReader<K> reader(p);
-  // Element of a state tensor's row where a thread's part of an item begins.
-  auto element_of = [&](const Item& item) {
-    return static_cast<int64_t>(item.hv) * K * p.V + Slice::first_element(item.slice, p.V);
-  };
-  Item item = {};  // none yet: no tokens, no state
-  item.target = kNoRow;
-  int next_index = blockIdx.x;
-  int t = 0;       // the first token of the block of tokens
-  int buffer = 0;  // where these tokens are
-  while (true) {
-    // Ask for what comes next.
-    int more = 1;
-    Item next = item;
-    int next_t = t + kBlockTokens;
-    if (next_t >= item.length) {
-      more = next_index < params.items;
-      if (more) {
-        next = find_item(params, next_index);
-        next_index += gridDim.x;
-        next_t = 0;
-        if (next.valid && next.source != kNoRow) {
-          Slice::load(stage, p.initial_state.ptr,
-                      next.source * p.initial_state.stride_n + element_of(next), p.V,
-                      params.initial_aligned);
-        } else {
-          Slice::load_constant(stage, !next.valid);
-        }
-        reader.seek(params.heads_per_key.divide(next.hv), next.hv, next.slice, next.b, next.begin);
-      }
-    }
-    if (more) reader.fetch(next.length - next_t);
-
-    for (int i = 0;; ++i) {
-      // The state after t + i tokens.
-      int64_t row = t + i == item.length ? item.target : kNoRow;
-      if (keeps_every_state(pool) && item.valid && i > 0 && t + i <= pool.width) {
-        row = slot_of(pool, item.n, t + i - 1);
-      }
-      if (row != kNoRow) {
-        state.store(p.final_state.ptr, row * p.final_state.stride_n + element_of(item), p.V,
-                    p.final_state.dtype, params.final_aligned);
-      }
-      if (i == kBlockTokens || t + i == item.length) break;
-      step(state, tokens[buffer][i], p, item.o_at, reduced[i % 2]);
-      item.o_at += p.o.stride_t;
-    }
-    if (!more) break;
-
-    // The other warps may still be at the tokens of this buffer, but not at those of the other.
-    buffer ^= 1;
-    if (next_t > 0) next.o_at = item.o_at;
-    item = next;
-    t = next_t;
-    reader.publish(tokens[buffer], item.length - t);
-    if (t == 0) state.take(stage);
-    __syncthreads();
+  const uint32_t n = blockIdx.z * gridDim.y + blockIdx.y;
+  if (n >= p.N) return;
+  const Item item = find_item<kOne>(p, n);
+  const uint32_t first = item.hv * K * p.V + Slice::first_element(item.slice, p.V);
+  TokenReader<K, kBlock> reader(p, p.heads_per_key.divide(item.hv), item.hv, item.slice, item.b,
+                                item.begin);
+  reader.fetch(item.length);
+  // Behind the tokens' loads, as an index, where there is one, has to arrive first.
+  const Rows rows = find_rows<kOne>(p, item);
+  typename Slice::Loaded loaded;
+  if (rows.valid && rows.source != kNoRow) {
+    Slice::load(loaded, p.initial_state.ptr, rows.source * p.initial_state.stride_n + first, p.V,
+                p.initial_aligned);
+  } else {
+    Slice::load_constant(loaded, !rows.valid);
   }
+
+  reader.publish(tokens[0], item.length);
+  __syncthreads();
+  Slice state;
+  state.take(loaded);
+  int64_t o_at = element(p.o, item.b, item.begin, item.hv) + item.slice * kSliceV;
+  auto store = [&](int64_t row) {
+    state.store(p.final_state.ptr, row * p.final_state.stride_n + first, p.V,
+                static_cast<DType>(p.final_dtype), p.final_aligned);
+  };
+  if constexpr (kOne) {
+    step(state, tokens[0][0], p, o_at, scratch);
+  } else {
+    // Tokens after which the state is stored.
+    const int64_t kept = keeps_every_state(p) && rows.valid ? p.indices_width : 0;
+    int buffer = 0;
+#pragma unroll 1
+    for (int t = 0; t < item.length;) {
+      const int left = item.length - t - kBlock;
+      if (left > 0) reader.fetch(left);
+#pragma unroll 1
+      for (int i = 0; i < kBlock && t < item.length; ++i, ++t) {
+        if (!kVFirst && i > 0) __syncthreads();
+        step(state, tokens[buffer][i], p, o_at, scratch);
+        o_at += p.o.stride_t;
+        if (t < kept) {
+          const int64_t row = slot_of(p, item.n, t);
+          if (row != kNoRow) store(row);
+        }
+      }
+      if (left > 0) {
+        // The other warps may still be at the tokens of this buffer, but not at those of the other.
+        buffer ^= 1;
+        reader.publish(tokens[buffer], left);
+        __syncthreads();
+      }
+    }
+  }
+  if (rows.target != kNoRow) store(rows.target);
 }
 
 }  // namespace flashkda::cuda::sm80::decode

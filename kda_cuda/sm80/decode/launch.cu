@@ -14,28 +14,84 @@ bool vectors_fit(const StateTensor& state) {
   return reinterpret_cast<uintptr_t>(state.ptr) % 16 == 0 && state.stride_n * element % 16 == 0;
 }
 
-template <DType kIn, int K, bool kVFirst>
-cudaError_t launch_kernel(const Params& params, int blocks, cudaStream_t stream) {
+Tokens pack(const TokenTensor& x) { return {x.ptr, x.stride_b, x.stride_t, x.stride_h}; }
+
+States pack(const StateTensor& x) { return {x.ptr, x.stride_n, x.size}; }
+
+template <class Enum>
+uint8_t byte(Enum x) {
+  return static_cast<uint8_t>(x);
+}
+
+Params pack(const Problem& p, const Pool& pool) {
+  return {.log2_slices = p.V == 2 * kSliceV ? 1u : 2u,
+          .N = static_cast<uint32_t>(p.N),
+          .heads_per_key = SmallDivider(p.HV / p.H),
+          .cu_seqlens = p.cu_seqlens,
+          .state_indices = pool.state_indices,
+          .initial_state = pack(p.initial_state),
+          .final_state = pack(p.final_state),
+          .T = p.T,
+          .V = p.V,
+          .q = pack(p.q),
+          .k = pack(p.k),
+          .g = pack(p.g),
+          .v = pack(p.v),
+          .beta = pack(p.beta),
+          .o = pack(p.o),
+          .A_log = p.A_log,
+          .dt_bias = p.dt_bias,
+          .scale = p.scale,
+          .lower_bound = p.lower_bound,
+          .gate = byte(p.gate),
+          .beta_mode = byte(p.beta_mode),
+          .l2norm = p.l2norm,
+          .dtype = byte(p.q.dtype),
+          .g_dtype = byte(p.g.dtype),
+          .beta_dtype = byte(p.beta.dtype),
+          .final_dtype = byte(p.final_state.dtype),
+          .initial_aligned = vectors_fit(p.initial_state),
+          .final_aligned = vectors_fit(p.final_state),
+          .cu_seqlens_64 = p.cu_seqlens_64,
+          .state_indices_64 = pool.state_indices_64,
+          .accepted_64 = pool.num_accepted_tokens_64,
+          .per_token = pool.per_token,
+          .in_place = pool.in_place,
+          .indices_stride_n = pool.stride_n,
+          .indices_stride_t = pool.stride_t,
+          .indices_width = pool.width,
+          .num_accepted_tokens = pool.num_accepted_tokens};
+}
+
+template <DType kIn, int K, bool kVFirst, bool kOne>
+cudaError_t launch_kernel(const Params& params, dim3 blocks, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
   config.blockDim = kThreads;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, recurrent_kda_kernel<kIn, K, kVFirst>, params);
+  return cudaLaunchKernelEx(&config, recurrent_kda_kernel<kIn, K, kVFirst, kOne>, params);
+}
+
+template <DType kIn, int K, bool kVFirst>
+cudaError_t choose_length(const Params& params, dim3 blocks, cudaStream_t stream) {
+  const bool one = params.T == 1 && params.cu_seqlens == nullptr && !params.per_token;
+  return one ? launch_kernel<kIn, K, kVFirst, true>(params, blocks, stream)
+             : launch_kernel<kIn, K, kVFirst, false>(params, blocks, stream);
 }
 
 template <DType kIn, int K>
-cudaError_t choose_layout(const Params& params, int blocks, cudaStream_t stream) {
-  return params.p.state_v_first ? launch_kernel<kIn, K, true>(params, blocks, stream)
-                                : launch_kernel<kIn, K, false>(params, blocks, stream);
+cudaError_t choose_layout(const Params& params, bool v_first, dim3 blocks, cudaStream_t stream) {
+  return v_first ? choose_length<kIn, K, true>(params, blocks, stream)
+                 : choose_length<kIn, K, false>(params, blocks, stream);
 }
 
 template <DType kIn>
-cudaError_t choose_k(const Params& params, int blocks, cudaStream_t stream) {
-  switch (params.p.K) {
+cudaError_t choose_k(const Problem& p, const Params& params, dim3 blocks, cudaStream_t stream) {
+  switch (p.K) {
     case 64:
-      return choose_layout<kIn, 64>(params, blocks, stream);
+      return choose_layout<kIn, 64>(params, p.state_v_first, blocks, stream);
     case 128:
-      return choose_layout<kIn, 128>(params, blocks, stream);
+      return choose_layout<kIn, 128>(params, p.state_v_first, blocks, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -43,22 +99,20 @@ cudaError_t choose_k(const Params& params, int blocks, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch(const Problem& p, const Pool& pool, int multiprocessors, cudaStream_t stream) {
-  const int64_t items = p.N * p.HV * (p.V / kSliceV);
-  if (items == 0) return cudaSuccess;
-  if (p.V % kSliceV != 0 || items > INT32_MAX / 2) return cudaErrorInvalidValue;
-  const Params params{p,
-                      pool,
-                      static_cast<int>(items),
-                      Divider(p.V / kSliceV),
-                      Divider(p.HV),
-                      Divider(p.HV / p.H),
-                      vectors_fit(p.initial_state),
-                      vectors_fit(p.final_state)};
-  const int blocks = std::min(params.items, multiprocessors * kBlocksPerSM);
+cudaError_t launch(const Problem& p, const Pool& pool, cudaStream_t stream) {
+  if (p.N == 0) return cudaSuccess;
+  // Elements of a row of states are counted in 32 bits, and SmallDivider has its limit.
+  constexpr int64_t kRows = 65535;
+  if ((p.V != 64 && p.V != 128) || p.HV >= (1 << 15) || p.N > INT32_MAX) {
+    return cudaErrorInvalidValue;
+  }
+  const int64_t layers = (p.N + kRows - 1) / kRows;
+  const dim3 blocks(p.HV * (p.V / kSliceV), static_cast<unsigned>(std::min(p.N, kRows)),
+                    static_cast<unsigned>(layers));
+  const Params params = pack(p, pool);
   const DType in = p.initial_state.ptr != nullptr ? p.initial_state.dtype : p.final_state.dtype;
-  return in == DType::kF32 ? choose_k<DType::kF32>(params, blocks, stream)
-                           : choose_k<DType::kBF16>(params, blocks, stream);
+  return in == DType::kF32 ? choose_k<DType::kF32>(p, params, blocks, stream)
+                           : choose_k<DType::kBF16>(p, params, blocks, stream);
 }
 
 }  // namespace flashkda::cuda::sm80::decode

@@ -27,9 +27,6 @@ struct StateSlice {
   static_assert(kGroups * kVectors * kWarps == (kVFirst ? kSliceV : K),
                 "the warps must cover the slice");
 
-  // Where a thread's vectors wait from load() to take(). No thread reads another's.
-  using Stage = uint4[kVectors][kThreads];
-
   float s[kVectors][kWidth];
 
   // Row of the slice and column of that row where a thread's vector i begins.
@@ -48,45 +45,44 @@ struct StateSlice {
   }
   static __device__ __forceinline__ int vector_stride(int V) { return kVFirst ? kGroups * K : V; }
 
+  // What load() left, not waited for before take().
+  using Loaded = uint4[kVectors];
+
   // Issues the loads of vectors that begin at element `at` of `ptr`.
-  static __device__ __forceinline__ void load(Stage& stage, const void* ptr, int64_t at, int V,
+  static __device__ __forceinline__ void load(Loaded& loaded, const void* ptr, int64_t at, int V,
                                               bool aligned) {
     using Element = std::conditional_t<kIn == DType::kF32, uint32_t, uint16_t>;
     const Element* from = static_cast<const Element*>(ptr) + at;
     if (aligned) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        ptx::cp_async_16(&stage[i][threadIdx.x], from, true);
-        from += vector_stride(V);
+        loaded[i] = ptx::load_streaming_16(from + i * vector_stride(V));
       }
       return;
     }
-#pragma unroll 1
+#pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       uint32_t words[4] = {};
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         words[j * 4 / kWidth] |= uint32_t{from[j]} << (kIn == DType::kF32 ? 0 : j % 2 * 16);
       }
-      stage[i][threadIdx.x] = make_uint4(words[0], words[1], words[2], words[3]);
+      loaded[i] = make_uint4(words[0], words[1], words[2], words[3]);
       from += vector_stride(V);
     }
   }
 
   // Instead of load(): zero, or NaN.
-  static __device__ __forceinline__ void load_constant(Stage& stage, bool nan) {
+  static __device__ __forceinline__ void load_constant(Loaded& loaded, bool nan) {
     const uint32_t x = nan ? 0x7fc07fc0u : 0u;  // the same in fp32 and in bf16
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) stage[i][threadIdx.x] = make_uint4(x, x, x, x);
+    for (int i = 0; i < kVectors; ++i) loaded[i] = make_uint4(x, x, x, x);
   }
 
-  // Waits for what was loaded last.
-  __device__ __forceinline__ void take(const Stage& stage) {
-    wait_for_copies();
+  __device__ __forceinline__ void take(const Loaded& loaded) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const uint4 bits = stage[i][threadIdx.x];
-      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+      const uint32_t words[4] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         if constexpr (kIn == DType::kF32) {
@@ -114,9 +110,15 @@ struct StateSlice {
     } else {
       __nv_bfloat16* to = static_cast<__nv_bfloat16*>(ptr) + at;
       if (aligned) {
-        store_vectors<4>(to, V, [](__nv_bfloat16* to, const float* x) {
-          __stcs(reinterpret_cast<uint2*>(to),
-                 make_uint2(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])));
+        store_vectors<kWidth>(to, V, [](__nv_bfloat16* to, const float* x) {
+          if constexpr (kWidth == 8) {
+            __stcs(reinterpret_cast<uint4*>(to),
+                   make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
+                              pack_bf16(x[6], x[7])));
+          } else {
+            __stcs(reinterpret_cast<uint2*>(to),
+                   make_uint2(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])));
+          }
         });
       } else {
         store_vectors<1>(to, V,
@@ -135,10 +137,6 @@ struct StateSlice {
       for (int j = 0; j < kWidth; j += kCount) put(to + j, &s[i][j]);
       to += vector_stride(V);
     }
-  }
-
-  static __device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
   }
 };
 

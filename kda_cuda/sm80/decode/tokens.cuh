@@ -1,81 +1,64 @@
 // The inputs of a sequence's tokens: fetched a block of tokens ahead into registers, activated, and
-// shared with the thread block. Whatever does not depend on the state happens here.
+// shared with the thread block.
 #pragma once
 
 #include "../../common/convert.cuh"
 #include "../../common/gate.cuh"
-#include "../../common/params.h"
-#include "../../common/warp.cuh"
 #include "config.h"
+#include "params.h"
 
 namespace flashkda::cuda::sm80::decode {
 
+// Where a token's row begins, in elements.
+__device__ __forceinline__ int64_t element(const Tokens& x, uint32_t b, int64_t t, uint32_t h) {
+  return b * x.stride_b + t * x.stride_t + h * x.stride_h;
+}
+
 // One token as the recurrence consumes it. k and q are as given: their normalisation commutes with
-// the products and is applied to sums (see Sums).
+// the products and is applied to sums (see Norms in kernel.cuh).
 template <int K>
 struct alignas(16) Token {
   float decay[K];  // exp(g)
   float k[K];
   float q[K];
   float v[kSliceV];
-  float4 sums[K / 32];  // of 32 channels each: k k, q q, q k
   float beta;
 };
 
-// Scalars of a token.
-struct Sums {
-  float k_norm, q_norm;  // what k and q are multiplied by; 1 without l2norm
-  float qk;
-};
-
-template <int K>
-__device__ __forceinline__ Sums token_sums(const Token<K>& token, bool l2norm) {
-  float kk = 0.f, qq = 0.f, qk = 0.f;
-#pragma unroll
-  for (int i = 0; i < K / 32; ++i) {
-    const float4 sums = token.sums[i];
-    kk += sums.x;
-    qq += sums.y;
-    qk += sums.z;
-  }
-  if (!l2norm) return {1.f, 1.f, qk};
-  constexpr float kEps = 1e-6f;
-  return {rsqrtf(kk + kEps), rsqrtf(qq + kEps), qk};
-}
-
 // Thread d < K serves channel d of q, k and g; the last warp also the slice's columns of v, thread
 // 0 also beta.
-template <int K>
+//
+// kBlock: tokens fetched at once.
+template <int K, int kBlock>
 class TokenReader {
  public:
-  __device__ __forceinline__ explicit TokenReader(const Problem& p) : p_(p) {}
-
-  // Moves to token `begin` of batch row b, as value head hv, which uses head h of q and k, and a
-  // slice of v see it.
-  __device__ __forceinline__ void seek(int h, int hv, int slice, int64_t b, int64_t begin) {
+  // At token `begin` of batch row b, as value head hv, which uses head h of q and k, and a slice
+  // of v see it.
+  __device__ __forceinline__ TokenReader(const Params& p, uint32_t h, uint32_t hv, uint32_t slice,
+                                         uint32_t b, int64_t begin)
+      : p_(p) {
     const int channel = threadIdx.x % K, lane = threadIdx.x % 32;
-    q_ = element(p_.q, b, begin, h) + channel;
-    k_ = element(p_.k, b, begin, h) + channel;
-    g_ = element(p_.g, b, begin, hv) + channel;
+    q_ = element(p.q, b, begin, h) + channel;
+    k_ = element(p.k, b, begin, h) + channel;
+    g_ = element(p.g, b, begin, hv) + channel;
     if (reads_v()) {
-      extra_ = element(p_.v, b, begin, hv) + slice * kSliceV + lane;
+      extra_ = element(p.v, b, begin, hv) + slice * kSliceV + lane;
     } else {
-      extra_ = element(p_.beta, b, begin, hv);
+      extra_ = element(p.beta, b, begin, hv);
     }
-    if (p_.A_log != nullptr) A_log_ = __ldg(p_.A_log + hv);
-    if (p_.dt_bias != nullptr)
-      dt_bias_ = __ldg(p_.dt_bias + static_cast<int64_t>(hv) * K + channel);
+    if (p.A_log != nullptr) A_log_ = __ldg(p.A_log + hv);
+    if (p.dt_bias != nullptr) dt_bias_ = __ldg(p.dt_bias + hv * K + channel);
   }
 
-  // Issues the loads of the next `count` tokens, at most kBlockTokens.
+  // Issues the loads of the next `count` tokens, at most kBlock.
   __device__ __forceinline__ void fetch(int count) {
 #pragma unroll
-    for (int i = 0; i < kBlockTokens; ++i) {
+    for (int i = 0; i < kBlock; ++i) {
       if (i >= count) break;
       if (reads_channels()) {
         bits_[i].q = __ldg(static_cast<const uint16_t*>(p_.q.ptr) + q_);
         bits_[i].k = __ldg(static_cast<const uint16_t*>(p_.k.ptr) + k_);
-        bits_[i].g = load_bits(p_.g.ptr, g_, p_.g.dtype);
+        bits_[i].g = load_bits(p_.g.ptr, g_, static_cast<DType>(p_.g_dtype));
       }
       if (reads_v() || reads_beta()) {
         bits_[i].extra = load_bits(reads_v() ? p_.v.ptr : p_.beta.ptr, extra_, extra_dtype());
@@ -89,28 +72,26 @@ class TokenReader {
 
   // Activates the tokens fetched last and writes them to shared memory. The caller synchronises.
   __device__ __forceinline__ void publish(Token<K>* tokens, int count) {
-    const GateParams gate{p_.gate, p_.lower_bound, expf(A_log_), dt_bias_};
+    const GateParams gate{static_cast<Gate>(p_.gate), p_.lower_bound, expf(A_log_), dt_bias_};
+    const DType dtype = static_cast<DType>(p_.dtype);
     // Not unrolled, as a step down a queue costs less than four copies of the code: most calls
     // publish one token.
 #pragma unroll 1
-    for (int i = 0; i < min(count, kBlockTokens); ++i) {
+    for (int i = 0; i < min(count, kBlock); ++i) {
       Token<K>& token = tokens[i];
       const Bits bits = bits_[0];
       if (reads_channels()) {
         const int d = threadIdx.x;
-        const float q = bits_to_float(bits.q, p_.q.dtype);
-        const float k = bits_to_float(bits.k, p_.k.dtype);
-        token.decay[d] = expf(log_decay(bits_to_float(bits.g, p_.g.dtype), gate));
-        token.k[d] = k;
-        token.q[d] = q;
-        const float kk = warp_sum(k * k), qq = warp_sum(q * q), qk = warp_sum(q * k);
-        if (d % 32 == 0) token.sums[d / 32] = make_float4(kk, qq, qk, 0.f);
+        const float g = bits_to_float(bits.g, static_cast<DType>(p_.g_dtype));
+        token.q[d] = bits_to_float(bits.q, dtype);
+        token.k[d] = bits_to_float(bits.k, dtype);
+        token.decay[d] = expf(log_decay(g, gate));
       }
       const float extra = bits_to_float(bits.extra, extra_dtype());
       if (reads_v()) token.v[threadIdx.x % 32] = extra;
-      if (reads_beta()) token.beta = beta_activation(extra, p_.beta_mode);
+      if (reads_beta()) token.beta = beta_activation(extra, static_cast<BetaMode>(p_.beta_mode));
 #pragma unroll
-      for (int j = 1; j < kBlockTokens; ++j) bits_[j - 1] = bits_[j];
+      for (int j = 1; j < kBlock; ++j) bits_[j - 1] = bits_[j];
     }
   }
 
@@ -123,18 +104,14 @@ class TokenReader {
     uint32_t q, k, g, extra;
   };
 
-  static __device__ __forceinline__ int64_t element(const TokenTensor& x, int64_t b, int64_t t,
-                                                    int h) {
-    return b * x.stride_b + t * x.stride_t + h * x.stride_h;
-  }
   __device__ __forceinline__ DType extra_dtype() const {
-    return reads_v() ? p_.v.dtype : p_.beta.dtype;
+    return static_cast<DType>(reads_v() ? p_.dtype : p_.beta_dtype);
   }
 
-  const Problem& p_;
+  const Params& p_;
   float A_log_ = 0.f, dt_bias_ = 0.f;
   int64_t q_, k_, g_, extra_;  // elements of the next token to fetch; extra is of v or of beta
-  Bits bits_[kBlockTokens];
+  Bits bits_[kBlock];
 };
 
 }  // namespace flashkda::cuda::sm80::decode
