@@ -76,7 +76,10 @@ def _chunk_arguments(
     transpose_state_layout=None,
 ) -> dict:  # fmt: skip
     """A call of fla's chunk_kda, in its positional order, as this package's keywords."""
-    arguments.refuse_unserved(cp_context, return_intermediate_states, cu_seqlens, cu_seqlens_cpu)
+    arguments.refuse_unserved(cp_context, cu_seqlens, cu_seqlens_cpu)
+    if return_intermediate_states and cu_seqlens is not None and cu_seqlens_cpu is None:
+        # fla reads them as well unless it is told to make a graph: it returns exactly so many.
+        cu_seqlens_cpu = None if use_graph else cu_seqlens.cpu()
     return {
         "q": q,
         "k": k,
@@ -96,6 +99,10 @@ def _chunk_arguments(
         "cu_seqlens": cu_seqlens,
         "A_log": A_log,
         "dt_bias": dt_bias,
+        "return_intermediate_states": return_intermediate_states,
+        "cu_seqlens_cpu": cu_seqlens_cpu,
+        "use_graph": use_graph,
+        "chunk_size": chunk_size,
     }
 
 
@@ -139,8 +146,9 @@ def _recurrent_arguments(
 
 def _verdict(check, call: dict) -> tuple[bool, str | None]:
     """Whether this package takes the call, and if not, why; fla takes an exception as a reason."""
-    names = inspect.signature(check).parameters
-    checked = check(**{name: call.get(name) for name in names})
+    taken = inspect.signature(check).parameters.values()
+    absent = {x.name: None for x in taken if x.default is x.empty}
+    checked = check(**absent | {x.name: call[x.name] for x in taken if x.name in call})
     q, initial_state = call["q"], call["initial_state"]
     in_place = call.get("inplace_final_state", False)
     if initial_state is not None and initial_state.dtype != torch.float32 and not in_place:
