@@ -12,51 +12,11 @@
 
 #include "../../common/element.cuh"
 #include "../../common/ptx.cuh"
-#include "../../common/states.cuh"
+#include "../../common/state_columns.cuh"
 #include "../../common/tile.cuh"
 #include "work.cuh"
 
 namespace flashkda::cuda::sm80::prefill {
-
-// What a chain's warp owns of the states: 16 value columns of one sequence and head, S^T in
-// accumulators.
-template <int K>
-struct StateColumns {
-  int64_t n, tokens;  // the sequence and its length
-  int hv;
-  int v;  // the first column
-  int lane;
-
-  // Where element i of tile t lies in a row of a state tensor.
-  __device__ __forceinline__ int64_t offset(const Problem& p, const StateTensor& x, int64_t row,
-                                            int t, int i) const {
-    const int c = v + lane / 4 + (i / 2) * 8;
-    const int d = t * 8 + (lane % 4) * 2 + (i & 1);
-    return row * x.stride_n + int64_t{hv} * K * p.V + (p.state_v_first ? c * K + d : d * p.V + c);
-  }
-};
-
-// Stores the state wherever it is wanted before a chunk, or NaN with kWrongCheckpoint, and returns
-// before which chunk it is wanted next. S is a copy in local memory. Not inlined: the addresses of
-// 64 elements would be found beforehand and spilled around every step.
-template <int K>
-__device__ __noinline__ int store_checkpoints(const Problem& p, const float (*S)[4],
-                                              StateColumns<K> columns, int chunk) {
-  static_assert(kCheckpointUnit == kChunk, "a chunk is a unit of checkpoints");
-  const StateTensor& x = p.checkpoints.states;
-  const auto store = [&](int64_t row) {
-#pragma unroll 2
-    for (int t = 0; t < K / 8; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float y = chunk == kWrongCheckpoint ? first_value(kFromNaN) : S[t][i];
-        store_float(x.ptr, columns.offset(p, x, row, t, i), x.dtype, y);
-      }
-    }
-  };
-  for_each_checkpoint(p, columns.n, columns.tokens, chunk, columns.lane, store);
-  return next_checkpoint(p, columns.n, columns.tokens, chunk, columns.lane);
-}
 
 template <class Cfg>
 class Chain {
@@ -70,82 +30,29 @@ class Chain {
       : p_(p), w_(w), ring_(ring), smem_(smem), lane_(lane), v_(warp * 16) {}
 
   __device__ void run() {
+    static_assert(kCheckpointUnit == kChunk, "a checkpoint lies between two steps");
+    const StateColumns<K> columns{w_.n, w_.tokens, w_.hv, w_.v0 + v_, lane_};
     float S[K / 8][4];
-    load_state(S);
+    columns.load(p_, S);
     RingPosition at(0);
     Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
               (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + v_ +
               lane_ % 2 * (kPiece / sizeof(Elem));
-    // What is left of the sequence tells how far the walk is, and where it stops for a checkpoint:
-    // one register each. Fewer than 2^31 tokens of a sequence fit a GPU's memory.
     int left = static_cast<int>(w_.tokens);
-    int stop = left_before(next_checkpoint(p_, w_.n, w_.tokens, -1, lane_));
+    int stop = columns.first_stop(p_);
     while (true) {
-      if (left == stop) stop = keep(S, left);
+      if (left == stop) stop = columns.keep(p_, S, left);
       if (left <= 0) break;
       step(S, at, o, left);
       at.advance(1, ring_);
       o += kChunk * p_.o.stride_t;
       left -= kChunk;
     }
-    const int64_t row = last_row(p_, w_.n, w_.tokens);
-    if (row >= 0) store_state(S, row);
-    if (p_.checkpoints.states.ptr != nullptr) {
-      store_checkpoints<K>(p_, nullptr, columns(), kWrongCheckpoint);
-    }
+    columns.store_final(p_, S);
+    columns.spoil_wrong_checkpoints(p_);
   }
 
  private:
-  __device__ __forceinline__ StateColumns<K> columns() const {
-    return {w_.n, w_.tokens, w_.hv, w_.v0 + v_, lane_};
-  }
-
-  __device__ __forceinline__ void load_state(float (&S)[K / 8][4]) const {
-    const StateTensor& x = p_.initial_state;
-    const int64_t row = first_row(p_, w_.n);
-#pragma unroll
-    for (int t = 0; t < K / 8; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t at = columns().offset(p_, x, row, t, i);
-        if (row < 0) {
-          S[t][i] = first_value(row);
-        } else if (x.dtype == DType::kF32) {
-          S[t][i] = static_cast<const float*>(x.ptr)[at];
-        } else {
-          S[t][i] = __bfloat162float(static_cast<const __nv_bfloat16*>(x.ptr)[at]);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store_state(const float (&S)[K / 8][4], int64_t row) const {
-    const StateTensor& x = p_.final_state;
-#pragma unroll
-    for (int t = 0; t < K / 8; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        store_float(x.ptr, columns().offset(p_, x, row, t, i), x.dtype, S[t][i]);
-      }
-    }
-  }
-
-  // What is left of the sequence before a chunk; kNoCheckpoint is before none.
-  __device__ __forceinline__ int left_before(int chunk) const {
-    return chunk == kNoCheckpoint ? INT_MIN : static_cast<int>(w_.tokens) - chunk * kChunk;
-  }
-
-  __device__ __forceinline__ int keep(const float (&S)[K / 8][4], int left) const {
-    float copy[K / 8][4];
-#pragma unroll
-    for (int t = 0; t < K / 8; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) copy[t][i] = S[t][i];
-    }
-    const int chunk = (static_cast<int>(w_.tokens) - left) / kChunk;
-    return left_before(store_checkpoints<K>(p_, copy, columns(), chunk));
-  }
-
   // Two neighbouring accumulator tiles, 16 x 16, as the left operand of the next product.
   static __device__ __forceinline__ void to_operand(uint32_t (&a)[4], const float (&left)[4],
                                                     const float (&right)[4]) {
