@@ -73,10 +73,13 @@ def check_chunk_call(
         check_state_buffer("initial_state", initial_state, q, v, rows, state_v_first)
     elif initial_state is not None:
         initial_state = _check_initial_state(initial_state, q, v, rows, state_v_first)
-    _check_checkpoints(
-        checkpoint_offsets, checkpoint_indices, checkpoint_states, return_intermediate_states,
-        q, v, N, state_v_first,
-    )  # fmt: skip
+    if not (
+        checkpoint_offsets is None and checkpoint_indices is None and checkpoint_states is None
+    ):
+        _check_checkpoints(
+            checkpoint_offsets, checkpoint_indices, checkpoint_states, return_intermediate_states,
+            q, v, N, state_v_first,
+        )  # fmt: skip
     NT = None
     if return_intermediate_states:
         NT = _intermediate_states(q, N, cu_seqlens, cu_seqlens_cpu, use_graph, chunk_size)

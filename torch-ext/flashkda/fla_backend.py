@@ -55,7 +55,7 @@ def register_fla_backend() -> None:
             return _verdict(arguments.check_chunk_call, _chunk_arguments(*args, **kwargs))
 
         def chunk_kda(self, *args, **kwargs):
-            return chunk_kda(**_chunk_arguments(*args, **kwargs))
+            return chunk_kda(**_with_lengths(_chunk_arguments(*args, **kwargs)))
 
         def fused_recurrent_kda_fwd_verifier(self, *args, **kwargs):
             return _verdict(arguments.check_recurrent_call, _recurrent_arguments(*args, **kwargs))
@@ -77,9 +77,6 @@ def _chunk_arguments(
 ) -> dict:  # fmt: skip
     """A call of fla's chunk_kda, in its positional order, as this package's keywords."""
     arguments.refuse_unserved(cp_context, cu_seqlens, cu_seqlens_cpu)
-    if return_intermediate_states and cu_seqlens is not None and cu_seqlens_cpu is None:
-        # fla reads them as well unless it is told to make a graph: it returns exactly so many.
-        cu_seqlens_cpu = None if use_graph else cu_seqlens.cpu()
     return {
         "q": q,
         "k": k,
@@ -104,6 +101,17 @@ def _chunk_arguments(
         "use_graph": use_graph,
         "chunk_size": chunk_size,
     }
+
+
+def _with_lengths(call: dict) -> dict:
+    """The call with cu_seqlens on the host where the number of intermediate states hangs on them.
+
+    fla reads them there as well, unless it is told to make a graph.
+    """
+    counted = call["return_intermediate_states"] and not call["use_graph"]
+    if counted and call["cu_seqlens"] is not None and call["cu_seqlens_cpu"] is None:
+        return {**call, "cu_seqlens_cpu": call["cu_seqlens"].cpu()}
+    return call
 
 
 def _recurrent_arguments(
