@@ -369,7 +369,7 @@ def test_compile(flashkda, device):
     offsets = torch.tensor([[16, 32], [0, -1]], dtype=torch.int32, device=device)
     pool, _ = make_pool(call, ROWS, False)
     rows = {"state_indices": torch.tensor([3, 1], device=device), "inplace_final_state": True}
-    where = {"checkpoint_offsets": offsets, "checkpoint_indices": offsets // 16 + 3}
+    where = {"checkpoint_offsets": offsets, "checkpoint_indices": offsets // 16 + 4}
 
     def kept(initial_state: Tensor):
         o, _, states = flashkda.chunk_kda(**call, checkpoint_offsets=offsets)
