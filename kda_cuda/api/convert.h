@@ -97,7 +97,7 @@ inline Checkpoints to_checkpoints(const std::optional<Tensor>& states,
   out.states = to_state_tensor(states, "checkpoint_states");
   out.offsets = to_index_tensor(offsets);
   out.indices = to_index_tensor(indices);
-  if (offsets.has_value()) out.C = offsets->size(1);
+  if (offsets.has_value()) out.C = static_cast<int>(offsets->size(1));
   out.interval = static_cast<int>(interval);
   return out;
 }

@@ -41,7 +41,7 @@ struct Checkpoints {
   StateTensor states;   // [rows, HV, K, V]; null: none are kept. Here fp16 is a dtype as well
   IndexTensor offsets;  // [N, C]: how many tokens of the sequence come before the checkpoint
   IndexTensor indices;  // [N, C]: its row of states; null: n * C + c
-  int64_t C = 0;
+  int C = 0;
   int interval = 0;  // in tokens: keep every state before a multiple of it, sequence by sequence
 };
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "convert.cuh"
+#include "ptx.cuh"
 #include "states.cuh"
 
 namespace flashkda::cuda {
@@ -12,17 +13,16 @@ template <int K>
 struct StateColumns {
   static constexpr int kTiles = K / 8;  // of the accumulators: eight channels each
 
-  int64_t n, tokens;  // the sequence and its length
+  int n, tokens;  // the sequence and its length; more than 2^31 tokens fit no GPU's memory
   int hv;
   int v;  // the first column
   int lane;
 
   // Where element i of tile t lies in a row of a state tensor.
-  __device__ __forceinline__ int64_t offset(const Problem& p, const StateTensor& x, int64_t row,
-                                            int t, int i) const {
+  __device__ __forceinline__ int place(const Problem& p, int t, int i) const {
     const int c = v + lane / 4 + (i / 2) * 8;
     const int d = t * 8 + (lane % 4) * 2 + (i & 1);
-    return row * x.stride_n + int64_t{hv} * K * p.V + (p.state_v_first ? c * K + d : d * p.V + c);
+    return hv * K * p.V + (p.state_v_first ? c * K + d : d * p.V + c);
   }
 
   __device__ __forceinline__ void load(const Problem& p, float (&S)[kTiles][4]) const {
@@ -32,7 +32,7 @@ struct StateColumns {
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t at = offset(p, x, row, t, i);
+        const int64_t at = row * x.stride_n + place(p, t, i);
         if (row < 0) {
           S[t][i] = first_value(row);
         } else if (x.dtype == DType::kF32) {
@@ -48,27 +48,21 @@ struct StateColumns {
     const StateTensor& x = p.final_state;
     const int64_t row = last_row(p, n, tokens);
     if (row < 0) return;
+    // Places found anew: kept from `load` on they would take all registers.
+    StateColumns here = *this;
+    here.lane = ptx::opaque(lane);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) store_float(x.ptr, offset(p, x, row, t, i), x.dtype, S[t][i]);
+      for (int i = 0; i < 4; ++i)
+        store_float(x.ptr, row * x.stride_n + here.place(p, t, i), x.dtype, S[t][i]);
     }
   }
 
-  // What is left of the sequence before a unit of it; kNoCheckpoint is before none. A chain that
-  // counts what is left knows by one comparison whether a checkpoint lies here. Fewer than 2^31
-  // tokens of a sequence fit a GPU's memory.
-  __device__ __forceinline__ int left_before(int unit) const {
-    return unit == kNoCheckpoint ? INT_MIN : static_cast<int>(tokens) - unit * kCheckpointUnit;
-  }
-
-  // The first of these.
-  __device__ __forceinline__ int first_stop(const Problem& p) const {
-    return left_before(next_checkpoint(p, n, tokens, -1, lane));
-  }
-
-  // Stores the state wherever it is wanted with so much left, and returns with how much left it is
-  // wanted next.
+  // A chain that counts down what is left of its sequence knows by one comparison whether a
+  // checkpoint lies between two steps: with how much left the first lies, and, with the state there
+  // stored, the next.
+  __device__ __forceinline__ int first_stop(const Problem& p) const;
   __device__ __forceinline__ int keep(const Problem& p, const float (&S)[kTiles][4],
                                       int left) const;
 
@@ -76,38 +70,56 @@ struct StateColumns {
   __device__ __forceinline__ void spoil_wrong_checkpoints(const Problem& p) const;
 };
 
-// Stores the state wherever it is wanted before a unit, or NaN with kWrongCheckpoint, and returns
-// before which unit it is wanted next. S is a copy in local memory. Not inlined: the addresses of
-// 64 elements would be found beforehand and spilled around every step.
+// Stores the state wherever it is wanted before a unit, and returns with how much left of the
+// sequence it is wanted next. S is a copy in local memory; it is null, and NaN stored, for
+// kWrongCheckpoint. Not inlined, lest the addresses of all elements be found beforehand and spilled
+// around every step; and its loop is not unrolled, because what registers it takes, the steps lack.
 template <int K>
-__device__ __noinline__ int store_checkpoints(const Problem& p, const float (*S)[4],
+__device__ __noinline__ int store_checkpoints(const Problem& p, const float4* S,
                                               StateColumns<K> columns, int unit) {
   const StateTensor& x = p.checkpoints.states;
-  const auto store = [&](int64_t row) {
-#pragma unroll 2
-    for (int t = 0; t < columns.kTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float y = unit == kWrongCheckpoint ? first_value(kFromNaN) : S[t][i];
-        store_float(x.ptr, columns.offset(p, x, row, t, i), x.dtype, y);
-      }
+  const DType dtype = x.dtype;
+  const int stride_d = p.state_v_first ? 1 : p.V, stride_c = p.state_v_first ? K : 1;
+  const int first = columns.place(p, 0, 0);
+  const auto store_tiles = [&](const auto& store) {
+#pragma unroll 1
+    for (int t = 0; t < K / 8; ++t) {
+      const float nan = first_value(kFromNaN);
+      const float4 y = unit == kWrongCheckpoint ? make_float4(nan, nan, nan, nan) : S[t];
+      const int at = first + 8 * t * stride_d;
+      store(at, y.x);
+      store(at + stride_d, y.y);
+      store(at + 8 * stride_c, y.z);
+      store(at + 8 * stride_c + stride_d, y.w);
     }
   };
-  for_each_checkpoint(p, columns.n, columns.tokens, unit, columns.lane, store);
-  return next_checkpoint(p, columns.n, columns.tokens, unit, columns.lane);
+  const auto store = [&](int64_t row) {
+    const int64_t begin = row * x.stride_n;
+    if (dtype == DType::kF32) {
+      float* const to = static_cast<float*>(x.ptr) + begin;
+      store_tiles([&](int at, float y) { to[at] = y; });
+    } else {
+      uint16_t* const to = static_cast<uint16_t*>(x.ptr) + begin;
+      store_tiles([&](int at, float y) { store_float(to, at, dtype, y); });
+    }
+  };
+  const int next = visit_checkpoints(p, columns.n, columns.tokens, unit, columns.lane, store);
+  return next == kNoCheckpoint ? INT_MIN : columns.tokens - next * kCheckpointUnit;
+}
+
+template <int K>
+__device__ __forceinline__ int StateColumns<K>::first_stop(const Problem& p) const {
+  if (p.checkpoints.states.ptr == nullptr) return INT_MIN;
+  return store_checkpoints<K>(p, nullptr, *this, kBeforeAll);
 }
 
 template <int K>
 __device__ __forceinline__ int StateColumns<K>::keep(const Problem& p, const float (&S)[kTiles][4],
                                                      int left) const {
-  float copy[kTiles][4];
+  float4 copy[kTiles];
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) copy[t][i] = S[t][i];
-  }
-  const int unit = (static_cast<int>(tokens) - left) / kCheckpointUnit;
-  return left_before(store_checkpoints<K>(p, copy, *this, unit));
+  for (int t = 0; t < kTiles; ++t) copy[t] = make_float4(S[t][0], S[t][1], S[t][2], S[t][3]);
+  return store_checkpoints<K>(p, copy, *this, (tokens - left) / kCheckpointUnit);
 }
 
 template <int K>

@@ -43,34 +43,15 @@ __device__ __forceinline__ int64_t last_row(const Problem& p, int64_t n, int64_t
 // give all lanes the same; n is the sequence, tokens its length.
 inline constexpr int kCheckpointUnit = 16;
 inline constexpr int kNoCheckpoint = INT_MAX;
+inline constexpr int kBeforeAll = -1;
 inline constexpr int kWrongCheckpoint = -2;  // an offset that the sequence does not have
 
 // How many units of the sequence come before its checkpoint c.
-__device__ __forceinline__ int checkpoint_unit(const Problem& p, int64_t n, int64_t tokens,
-                                               int64_t c) {
+__device__ __forceinline__ int checkpoint_unit(const Problem& p, int64_t n, int64_t tokens, int c) {
   const int64_t offset = load_index(p.checkpoints.offsets, n, c);
   if (offset == -1) return kNoCheckpoint;
   if (offset < 0 || offset > tokens || offset % kCheckpointUnit != 0) return kWrongCheckpoint;
   return static_cast<int>(offset / kCheckpointUnit);
-}
-
-// The first unit after `now` before which a state is kept, kNoCheckpoint if there is none; now = -1
-// asks for the first of all, which may be 0: the initial state.
-__device__ __forceinline__ int next_checkpoint(const Problem& p, int64_t n, int64_t tokens, int now,
-                                               int lane) {
-  const Checkpoints& x = p.checkpoints;
-  if (x.states.ptr == nullptr) return kNoCheckpoint;
-  if (x.interval > 0) {
-    const int step = x.interval / kCheckpointUnit;
-    const int64_t next = now < 0 ? 0 : int64_t{now / step + 1} * step;
-    return next * kCheckpointUnit < tokens ? static_cast<int>(next) : kNoCheckpoint;
-  }
-  int next = kNoCheckpoint;
-  for (int64_t c = lane; c < x.C; c += 32) {
-    const int unit = checkpoint_unit(p, n, tokens, c);
-    if (unit > now) next = min(next, unit);
-  }
-  return __reduce_min_sync(~0u, next);
 }
 
 // How many states at the interval the sequences before n keep.
@@ -87,26 +68,36 @@ __device__ __forceinline__ int64_t intervals_before(const Problem& p, int64_t n,
   return __reduce_add_sync(~0u, count);
 }
 
-// Calls store(row) for every row of checkpoints.states that keeps the state before unit `now`, or
-// with kWrongCheckpoint for every row that a wrong offset leaves without a state.
+// Calls store(row) for every row of checkpoints.states that keeps the state before unit `now`, and
+// returns the next unit before which a state is kept, or kNoCheckpoint. kBeforeAll stores nothing
+// and finds the first, which may be 0: the initial state. kWrongCheckpoint goes through the rows
+// that a wrong offset leaves without a state, and returns nothing of use.
 template <class Store>
-__device__ __forceinline__ void for_each_checkpoint(const Problem& p, int64_t n, int64_t tokens,
-                                                    int now, int lane, const Store& store) {
+__device__ __forceinline__ int visit_checkpoints(const Problem& p, int64_t n, int64_t tokens,
+                                                 int now, int lane, const Store& store) {
   const Checkpoints& x = p.checkpoints;
+  if (x.states.ptr == nullptr) return kNoCheckpoint;
   if (x.interval > 0) {
-    const int64_t row = intervals_before(p, n, lane) + now / (x.interval / kCheckpointUnit);
-    if (now >= 0 && row < x.states.size) store(row);
-    return;
+    const int step = x.interval / kCheckpointUnit;
+    if (now >= 0) {
+      const int64_t row = intervals_before(p, n, lane) + now / step;
+      if (row < x.states.size) store(row);
+    }
+    const int64_t next = now < 0 ? 0 : int64_t{now} + step;
+    return next * kCheckpointUnit < tokens ? static_cast<int>(next) : kNoCheckpoint;
   }
-  for (int64_t first = 0; first < x.C; first += 32) {
-    const int64_t c = first + lane;
-    const bool here = c < x.C && checkpoint_unit(p, n, tokens, c) == now;
-    for (uint32_t found = __ballot_sync(~0u, here); found != 0; found &= found - 1) {
-      const int64_t hit = first + __ffs(found) - 1;
+  int next = kNoCheckpoint;
+  for (int first = 0; first < x.C; first += 32) {
+    const int c = first + lane;
+    const int unit = c < x.C ? checkpoint_unit(p, n, tokens, c) : kNoCheckpoint;
+    if (unit > now) next = min(next, unit);
+    for (uint32_t found = __ballot_sync(~0u, unit == now); found != 0; found &= found - 1) {
+      const int hit = first + __ffs(found) - 1;
       const int64_t row = x.indices.ptr == nullptr ? n * x.C + hit : load_index(x.indices, n, hit);
       if (row >= 0 && row < x.states.size) store(row);
     }
   }
+  return __reduce_min_sync(~0u, next);
 }
 
 }  // namespace flashkda::cuda

@@ -31,14 +31,15 @@ class Chain {
 
   __device__ void run() {
     static_assert(kCheckpointUnit == kChunk, "a checkpoint lies between two steps");
-    const StateColumns<K> columns{w_.n, w_.tokens, w_.hv, w_.v0 + v_, lane_};
+    const StateColumns<K> columns{static_cast<int>(w_.n), static_cast<int>(w_.tokens), w_.hv,
+                                  w_.v0 + v_, lane_};
     float S[K / 8][4];
     columns.load(p_, S);
     RingPosition at(0);
     Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
               (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + v_ +
               lane_ % 2 * (kPiece / sizeof(Elem));
-    int left = static_cast<int>(w_.tokens);
+    int left = columns.tokens;
     int stop = columns.first_stop(p_);
     while (true) {
       if (left == stop) stop = columns.keep(p_, S, left);
