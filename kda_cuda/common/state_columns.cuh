@@ -59,9 +59,9 @@ struct StateColumns {
     }
   }
 
-  // A chain that counts down what is left of its sequence knows by one comparison whether a
-  // checkpoint lies between two steps: with how much left the first lies, and, with the state there
-  // stored, the next.
+  // A chain counts down what is left of its sequence, and stops where a checkpoint lies: with how
+  // much left that is first, INT_MIN if never, and after storing the state there, next. Between the
+  // stops its loop knows nothing of checkpoints.
   __device__ __forceinline__ int first_stop(const Problem& p) const;
   __device__ __forceinline__ int keep(const Problem& p, const float (&S)[kTiles][4],
                                       int left) const;

@@ -42,12 +42,13 @@ class Chain {
     int left = columns.tokens;
     int stop = columns.first_stop(p_);
     while (true) {
-      if (left == stop) stop = columns.keep(p_, S, left);
-      if (left <= 0) break;
-      step(S, at, o, left);
-      at.advance(1, ring_);
-      o += kChunk * p_.o.stride_t;
-      left -= kChunk;
+      for (const int until = max(stop, 0); left > until; left -= kChunk) {
+        step(S, at, o, left);
+        at.advance(1, ring_);
+        o += kChunk * p_.o.stride_t;
+      }
+      if (left != stop) break;
+      stop = columns.keep(p_, S, left);
     }
     columns.store_final(p_, S);
     columns.spoil_wrong_checkpoints(p_);
