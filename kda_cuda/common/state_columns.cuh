@@ -59,9 +59,8 @@ struct StateColumns {
     }
   }
 
-  // A chain counts down what is left of its sequence, and stops where a checkpoint lies: with how
-  // much left that is first, INT_MIN if never, and after storing the state there, next. Between the
-  // stops its loop knows nothing of checkpoints.
+  // A chain counts down what is left of its sequence. With how much left the first checkpoint lies,
+  // INT_MIN if there is none; and, the state there stored, the next.
   __device__ __forceinline__ int first_stop(const Problem& p) const;
   __device__ __forceinline__ int keep(const Problem& p, const float (&S)[kTiles][4],
                                       int left) const;
