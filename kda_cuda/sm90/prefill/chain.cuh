@@ -1,7 +1,7 @@
 // The chain warpgroups: they carry the state through the chunks. A warpgroup owns 64 value columns
-// and keeps their state transposed, S^T [V, K], in wgmma's accumulators, where it is at once, rounded,
-// the left operand of the next chunk's product; nothing of the chain passes through shared memory
-// and the warpgroups never wait for each other.
+// and keeps their state transposed, S^T [V, K], in wgmma's accumulators, where it is at once,
+// rounded, the left operand of the next chunk's product; nothing of the chain passes through shared
+// memory and the warpgroups never wait for each other.
 //
 //   X = V - diag(rk) k_bar S    U = T X    O = diag(rq) (q_bar S + M U)
 //   S = diag(decay) S + k_tilde^T U
@@ -11,6 +11,7 @@
 #pragma once
 
 #include "../../common/element.cuh"
+#include "../../common/state_columns.cuh"
 #include "../ptx.cuh"
 #include "loader.cuh"
 #include "shared.cuh"
@@ -32,8 +33,11 @@ class Chain {
       : p_(p), w_(w), s_(s), loader_(p, maps, w, s, base), base_(base), lane_(lane), warp_(warp) {}
 
   __device__ void run() {
+    static_assert(kCheckpointUnit == kChunk, "a checkpoint lies between two steps");
+    const StateColumns<kChannels> columns{static_cast<int>(w_.n), static_cast<int>(w_.tokens),
+                                          w_.hv, w_.v0 + warp_ * 16, lane_};
     float S[kTiles][4];
-    load_state(S);
+    columns.load(p_, S);
     Cursor<Cfg::kSlots> slot(0);
     Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
               (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + warp_ * 16 +
@@ -41,63 +45,30 @@ class Chain {
     // The compiler has to see that a warpgroup's threads walk together.
     const int chunks = __shfl_sync(~0u, w_.chunks, 0);
     const int64_t stride = kChunk * p_.o.stride_t;
-    int left = static_cast<int>(w_.tokens);
+    int left = columns.tokens;
+    int stop = columns.first_stop(p_);
     const int group = warp_ / 4;
     const bool loads = warp_ % 4 == 0 && lane_ == 0;
     if (loads) {
       for (int c = 0; c < min(Cfg::kSlots, chunks); ++c) loader_.load_values(c, c, group);
     }
+    int c = 0;
+    while (true) {
+      const int until = __shfl_sync(~0u, c + (left - max(stop, 0) + kChunk - 1) / kChunk, 0);
 #pragma unroll 1
-    for (int c = 0; c < chunks; ++c, left -= kChunk) {
-      step(S, slot, o, left, c);
-      slot.advance(1);
-      o += stride;
+      for (; c < until; ++c, left -= kChunk) {
+        step(S, slot, o, left, c);
+        slot.advance(1);
+        o += stride;
+      }
+      if (left != stop) break;
+      stop = columns.keep(p_, S, left);
     }
-    if (p_.final_state.ptr != nullptr) store_state(S);
+    columns.store_final(p_, S);
+    columns.spoil_wrong_checkpoints(p_);
   }
 
  private:
-  // Where an element of the accumulator lies in a state tensor.
-  __device__ __forceinline__ int64_t state_offset(const StateTensor& x, int n, int i) const {
-    const int v = w_.v0 + warp_ * 16 + lane_ / 4 + (i / 2) * 8;
-    const int k = n * 8 + (lane_ % 4) * 2 + (i & 1);
-    return w_.n * x.stride_n + int64_t{w_.hv} * kChannels * p_.V +
-           (p_.state_v_first ? v * kChannels + k : k * p_.V + v);
-  }
-
-  __device__ __forceinline__ void load_state(float (&S)[kTiles][4]) const {
-    const StateTensor& x = p_.initial_state;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (x.ptr == nullptr) {
-          S[n][i] = 0.f;
-        } else if (x.dtype == DType::kF32) {
-          S[n][i] = static_cast<const float*>(x.ptr)[state_offset(x, n, i)];
-        } else {
-          S[n][i] =
-              __bfloat162float(static_cast<const __nv_bfloat16*>(x.ptr)[state_offset(x, n, i)]);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store_state(const float (&S)[kTiles][4]) const {
-    const StateTensor& x = p_.final_state;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (x.dtype == DType::kF32) {
-          static_cast<float*>(x.ptr)[state_offset(x, n, i)] = S[n][i];
-        } else {
-          static_cast<__nv_bfloat16*>(x.ptr)[state_offset(x, n, i)] = __float2bfloat16_rn(S[n][i]);
-        }
-      }
-    }
-  }
-
   __device__ __forceinline__ uint32_t at(const void* part) const {
     return address_of(s_, base_, part);
   }
@@ -112,8 +83,7 @@ class Chain {
   }
 
   // d = S^T [k_bar; q_bar]^T: tiles 0, 1 are k_bar S, tiles 2, 3 q_bar S.
-  __device__ __forceinline__ void start_state_product(float (&d)[4][4],
-                                                      const float (&S)[kTiles][4],
+  __device__ __forceinline__ void start_state_product(float (&d)[4][4], const float (&S)[kTiles][4],
                                                       const Slot& f) const {
     using Product = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
     uint32_t a[kTiles / 2][4];
@@ -148,8 +118,8 @@ class Chain {
     cute::warpgroup_commit_batch();
   }
 
-  // Zeroes what v holds of tokens from `left` on: rows past the sequence's end are another's, and may
-  // be anything.
+  // Zeroes what v holds of tokens from `left` on: rows past the sequence's end are another's, and
+  // may be anything.
   __device__ __forceinline__ void keep_tokens(uint32_t (&v)[4], int left) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -174,7 +144,8 @@ class Chain {
 
   // Loads v for the chunk that follows the last one in its slot, which all warps of the group have
   // read by now. at_slot: of the chunk after it.
-  __device__ __forceinline__ void refill_values(int last, const Cursor<Cfg::kSlots>& at_slot) const {
+  __device__ __forceinline__ void refill_values(int last,
+                                                const Cursor<Cfg::kSlots>& at_slot) const {
     const int next = last + Cfg::kSlots;
     if (warp_ % 4 != 0 || lane_ != 0 || next >= w_.chunks) return;
     const int group = warp_ / 4;
@@ -214,8 +185,8 @@ class Chain {
     uint32_t v[4], T[4], M[4];
     const int square = square_offset(columns.row, columns.piece);
     ptx::mbarrier_wait_at(at(&s_.values_full[at_slot.at][group]), at_slot.parity);
-    ptx::ldmatrix_trans_at(v, at(&s_.values[at_slot.at][group]) +
-                                  row_offset(rows.row, warp_ % 4 * 2 + rows.piece));
+    ptx::ldmatrix_trans_at(
+        v, at(&s_.values[at_slot.at][group]) + row_offset(rows.row, warp_ % 4 * 2 + rows.piece));
     ptx::ldmatrix_at(T, at(slot.T) + square);
     ptx::ldmatrix_at(M, at(slot.M) + square);
     const float4 rk = of_tokens(slot.rk), T_diagonal = of_tokens(slot.T_diagonal);
