@@ -44,6 +44,16 @@ struct IndexTensor {
   }
 };
 
+// States inside a sequence that prefill keeps (docs/architecture.md, chunk_kda_fwd). Either
+// `offsets` or `interval` is given.
+struct Checkpoints {
+  StateTensor states;   // [rows, HV, K, V]; null: none are kept. Here fp16 is a dtype as well
+  IndexTensor offsets;  // [N, C]: how many tokens of the sequence come before the checkpoint
+  IndexTensor indices;  // [N, C]: its row of states; null: n * C + c
+  int64_t C = 0;
+  int64_t interval = 0;  // in tokens: keep every state before a multiple of it
+};
+
 // The arguments that prefill and decode share. Letters are those of docs/architecture.md.
 struct Problem {
   int64_t B = 0;
@@ -58,6 +68,11 @@ struct Problem {
 
   StateTensor initial_state, final_state;
   bool state_v_first = false;
+
+  // Of prefill alone; decode has Pool.
+  IndexTensor state_indices;  // [N]: row of initial_state; null: sequence n has row n
+  bool in_place = false;      // final_state is initial_state, and written at the row that was read
+  Checkpoints checkpoints;
 
   float scale = 1.f;
   Gate gate = Gate::kGiven;

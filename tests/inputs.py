@@ -137,10 +137,9 @@ def _gate(r: torch.Generator, gate: str, regime: str, shape: tuple) -> tuple[Ten
     return x, {"A_log": A_log, "dt_bias": bias[regime].reshape(-1)}
 
 
-def expected(flashkda, call: dict, **changed) -> tuple[Tensor, Tensor]:
-    """o and the final state by the float64 recurrence."""
+def reference_arguments(flashkda, call: dict) -> tuple[list, dict]:
+    """The tensors and keywords of a call, as the reference takes them."""
     ref = flashkda.reference
-    call = {**call, **changed}
     gate = ref.GATE_GIVEN
     if call.get("use_gate_in_kernel"):
         gate = ref.GATE_SOFTPLUS if call.get("lower_bound") is None else ref.GATE_BOUNDED
@@ -148,16 +147,21 @@ def expected(flashkda, call: dict, **changed) -> tuple[Tensor, Tensor]:
     if call.get("use_beta_sigmoid_in_kernel"):
         beta_mode = ref.BETA_TWICE_SIGMOID if call.get("allow_neg_eigval") else ref.BETA_SIGMOID
     names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
-    tensors = (call.get(name) for name in names)
-    return ref.kda_recurrence(
-        *(x if x is None else x.detach().cpu() for x in tensors),
-        scale=call.get("scale"),
-        gate=gate,
-        lower_bound=call.get("lower_bound") or 0.0,
-        beta_mode=beta_mode,
-        l2norm=call["use_qk_l2norm_in_kernel"],
-        state_v_first=call["state_v_first"],
-    )
+    tensors = [call.get(name) for name in names]
+    return [x if x is None else x.detach().cpu() for x in tensors], {
+        "scale": call.get("scale"),
+        "gate": gate,
+        "lower_bound": call.get("lower_bound") or 0.0,
+        "beta_mode": beta_mode,
+        "l2norm": call["use_qk_l2norm_in_kernel"],
+        "state_v_first": call["state_v_first"],
+    }
+
+
+def expected(flashkda, call: dict, **changed) -> tuple[Tensor, Tensor]:
+    """o and the final state by the float64 recurrence."""
+    tensors, how = reference_arguments(flashkda, {**call, **changed})
+    return flashkda.reference.kda_recurrence(*tensors, **how)
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:

@@ -40,6 +40,26 @@ def pool(**changed) -> dict:
     return {**call, "inplace_final_state": True, **changed}
 
 
+def rows(**changed) -> dict:
+    """A pool of five states for three sequences."""
+    call = packed(initial_state=empty(5, HV, K, V, dtype=FP32))
+    call["state_indices"] = torch.tensor([2, 0, 1])
+    return {**call, "inplace_final_state": True, **changed}
+
+
+def checkpoints(**changed) -> dict:
+    """Two checkpoints a sequence, in a pool of nine states."""
+    call = packed(checkpoint_offsets=torch.tensor([[0, -1]] * N, dtype=torch.int32))
+    call["checkpoint_indices"] = torch.tensor([[8, -1]] * N)
+    return {**call, "checkpoint_states": empty(9, HV, K, V, dtype=FP32), **changed}
+
+
+def buffered(**changed) -> dict:
+    """Two checkpoints a sequence, in a buffer."""
+    call = checkpoints(checkpoint_states=empty(N, 2, HV, K, V, dtype=FP32))
+    return {**call, "checkpoint_indices": None, **changed}
+
+
 def flash(**changed) -> dict:
     """FlashKDA's call, with buffers."""
     call = make(1, B=B, T=T, H=H, K=K, V=K, gate="bounded", beta="sigmoid", state_v_first=True)
@@ -173,14 +193,58 @@ WRONG = [
     Wrong(CHUNK, lambda: dense(cu_seqlens=torch.tensor([0, 6]), initial_state=None), ValueError, "q", "B = 2", "B = 1"),
     Wrong(CHUNK, lambda: dense(cu_seqlens_cpu=torch.tensor([0, 6])), ValueError, "cu_seqlens", "None", "must be given"),
     Wrong(CHUNK, lambda: dense(cp_context=object()), NotImplementedError, "cp_context", "of type object", "None"),
-    Wrong(CHUNK, lambda: dense(return_intermediate_states=True), NotImplementedError, "return_intermediate_states", "True", "False"),
     Wrong(CHUNK, lambda: dense(state_v_first=True, transpose_state_layout=True), ValueError, "transpose_state_layout", "True", "left out"),
     Wrong(RECURRENT, lambda: dense(initial_state=None, inplace_final_state=True), ValueError, "initial_state", "None", "inplace_final_state=True"),
     Wrong(RECURRENT, lambda: pool(initial_state=None, inplace_final_state=False), ValueError, "initial_state", "None", "ssm_state_indices"),
     Wrong(RECURRENT, lambda: pool(ssm_state_indices=torch.zeros(3, 1, dtype=torch.int32), inplace_final_state=False), ValueError, "ssm_state_indices", "[3, 1]", "[N] = [3]"),
     Wrong(RECURRENT, lambda: pool(num_accepted_tokens=torch.ones(3, dtype=torch.int32)), ValueError, "num_accepted_tokens", "a tensor of shape [3]", "[N, T]"),
     Wrong(RECURRENT, lambda: dense(num_accepted_tokens=torch.ones(2, dtype=torch.int32)), ValueError, "num_accepted_tokens", "None", "[N, T]"),
+    # Rows of a pool, and states inside the sequences.
+    Wrong(CHUNK, lambda: rows(state_indices=[2, 0, 1]), TypeError, "state_indices", "of type list", "torch.Tensor"),
+    Wrong(CHUNK, lambda: rows(state_indices=torch.tensor([0, 1])), ValueError, "state_indices", "[2]", "[N] = [3]"),
+    Wrong(CHUNK, lambda: rows(state_indices=torch.zeros(3, 1, dtype=torch.int32)), ValueError, "state_indices", "[3, 1]", "[N] = [3]"),
+    Wrong(CHUNK, lambda: rows(state_indices=torch.zeros(3)), TypeError, "state_indices", "torch.float32", "torch.int32 or torch.int64"),
+    Wrong(CHUNK, lambda: rows(state_indices=torch.tensor([2, 0, 1], device="meta")), ValueError, "state_indices", "meta", "cpu"),
+    Wrong(CHUNK, lambda: rows(initial_state=None, inplace_final_state=False), ValueError, "initial_state", "None", "state_indices"),
+    Wrong(CHUNK, lambda: dense(initial_state=None, inplace_final_state=True), ValueError, "initial_state", "None", "inplace_final_state=True"),
+    Wrong(CHUNK, lambda: dense(inplace_final_state=1), TypeError, "inplace_final_state", "1", "True or False"),
+    Wrong(CHUNK, lambda: rows(initial_state=empty(5, HV, V, K, dtype=FP32)), ValueError, "initial_state", "[5, 4, 128, 64]", "[N, HV, K, V]"),
+    Wrong(CHUNK, lambda: rows(initial_state=empty(5, HV, V, K, dtype=FP32).transpose(2, 3)), ValueError, "initial_state", "[32768, 8192, 1, 64]", "contiguous in its last three"),
+    Wrong(CHUNK, lambda: rows(initial_state=empty(1, HV, K, V, dtype=FP32).expand(5, HV, K, V)), ValueError, "initial_state", "[0, 8192, 128, 1]", "rows that overlap"),
+    Wrong(CHUNK, lambda: dense(inplace_final_state=True, initial_state=empty(5, HV, K, V, dtype=FP32)), ValueError, "initial_state", "[5, 4, 64, 128]", "[2, 4, 64, 128]"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_offsets=[[0]]), TypeError, "checkpoint_offsets", "of type list", "torch.Tensor"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_offsets=torch.zeros(3, dtype=torch.int32)), ValueError, "checkpoint_offsets", "[3]", "[N, C] with N = 3"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_offsets=torch.zeros(2, 2, dtype=torch.int32)), ValueError, "checkpoint_offsets", "[2, 2]", "[N, C] with N = 3"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_offsets=torch.zeros(3, 2)), TypeError, "checkpoint_offsets", "torch.float32", "torch.int32 or torch.int64"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_offsets=torch.zeros(3, 2, dtype=torch.int32, device="meta")), ValueError, "checkpoint_offsets", "meta", "cpu"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_indices=torch.zeros(3, 1, dtype=torch.int32)), ValueError, "checkpoint_indices", "[3, 1]", "[3, 2]"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_indices=torch.zeros(3, 2, dtype=torch.int16)), TypeError, "checkpoint_indices", "torch.int16", "torch.int32 or torch.int64"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_states=None), ValueError, "checkpoint_states", "None", "checkpoint_indices"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_states=empty(9, HV, V, K, dtype=FP32)), ValueError, "checkpoint_states", "[9, 4, 128, 64]", "[N, HV, K, V]"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_states=empty(9, HV, K, V, dtype=FP16)), TypeError, "checkpoint_states", "torch.float16", "torch.float32 or torch.bfloat16"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_states=empty(1, HV, K, V).expand(9, HV, K, V)), ValueError, "checkpoint_states", "[0, 8192, 128, 1]", "rows that overlap"),
+    Wrong(CHUNK, lambda: checkpoints(checkpoint_offsets=None), ValueError, "checkpoint_indices", "given", "checkpoint_offsets"),
+    Wrong(CHUNK, lambda: buffered(checkpoint_offsets=None), ValueError, "checkpoint_states", "given", "checkpoint_offsets"),
+    Wrong(CHUNK, lambda: buffered(checkpoint_states=empty(N, 3, HV, K, V)), ValueError, "checkpoint_states", "[3, 3, 4, 64, 128]", "[3, 2, 4, 64, 128]"),
+    Wrong(CHUNK, lambda: buffered(checkpoint_states=empty(6, HV, K, V)), ValueError, "checkpoint_states", "[6, 4, 64, 128]", "[N, C, HV, K, V]"),
+    Wrong(CHUNK, lambda: buffered(checkpoint_states=empty(N, 2, HV, K, V, dtype=FP16)), TypeError, "checkpoint_states", "torch.float16", "torch.float32 or torch.bfloat16"),
+    Wrong(CHUNK, lambda: buffered(checkpoint_states=empty(N, 2, HV, K, V, device="meta")), ValueError, "checkpoint_states", "meta", "cpu"),
+    Wrong(CHUNK, lambda: buffered(checkpoint_states=1), TypeError, "checkpoint_states", "1", "torch.Tensor"),
+    Wrong(CHUNK, lambda: buffered(checkpoint_states=empty(2, N, HV, K, V).transpose(0, 1)), ValueError, "checkpoint_states", "[32768, 98304, 8192, 128, 1]", "must be contiguous"),
+    Wrong(CHUNK, lambda: buffered(return_intermediate_states=True), ValueError, "return_intermediate_states", "True", "checkpoint_offsets"),
+    Wrong(CHUNK, lambda: dense(return_intermediate_states=1), TypeError, "return_intermediate_states", "1", "True or False"),
+    Wrong(CHUNK, lambda: dense(return_intermediate_states=True, chunk_size=40), ValueError, "chunk_size", "40", "multiple of 16"),
+    Wrong(CHUNK, lambda: dense(return_intermediate_states=True, chunk_size=0), ValueError, "chunk_size", "0", "multiple of 16"),
+    Wrong(CHUNK, lambda: packed(return_intermediate_states=True, cu_seqlens_cpu=torch.tensor([0, 12])), ValueError, "cu_seqlens_cpu", "[2]", "[4]"),
+    Wrong(CHUNK, lambda: packed(return_intermediate_states=True, cu_seqlens_cpu=[0, 12]), TypeError, "cu_seqlens_cpu", "of type list", "torch.Tensor"),
+    Wrong(CHUNK, lambda: packed(return_intermediate_states=True, cu_seqlens_cpu=torch.tensor([0, 2, 6, 12], device="meta")), ValueError, "cu_seqlens_cpu", "meta", "on the CPU"),
+    Wrong(CHUNK, lambda: {**make(1, dtype=FP64), "return_intermediate_states": True}, TypeError, "q", "torch.float64", "torch.bfloat16, torch.float16 or torch.float32"),
+    Wrong(CHUNK, lambda: {**make(1, dtype=FP64), "inplace_final_state": True}, TypeError, "q", "torch.float64", "with inplace_final_state"),
     # Gradients of what is written in place.
+    Wrong(CHUNK, lambda: with_grad(rows()), ValueError, "state_indices", "requires a gradient", "left out"),
+    Wrong(CHUNK, lambda: with_grad(dense(), inplace_final_state=True), ValueError, "inplace_final_state", "requires a gradient", "left out"),
+    Wrong(CHUNK, lambda: with_grad(checkpoints()), ValueError, "checkpoint_offsets", "requires a gradient", "left out"),
+    Wrong(CHUNK, lambda: with_grad(dense(), return_intermediate_states=True), ValueError, "return_intermediate_states", "requires a gradient", "left out"),
     Wrong(CHUNK, lambda: with_grad(dense(), out=empty(B, T, HV, V)), ValueError, "out", "requires a gradient", "left out"),
     Wrong(RECURRENT, lambda: with_grad(dense(), out=empty(B, T, HV, V)), ValueError, "out", "requires a gradient", "left out"),
     Wrong(RECURRENT, lambda: with_grad(pool()), ValueError, "ssm_state_indices", "requires a gradient", "left out"),
@@ -222,7 +286,7 @@ def test_the_call_that_is_changed_is_right(flashkda, function, call):
     getattr(flashkda, function)(**call())
 
 
-@pytest.mark.parametrize("call", [packed, gated])
+@pytest.mark.parametrize("call", [packed, gated, rows, checkpoints, buffered])
 def test_the_other_calls_that_are_changed_are_right(flashkda, call):
     flashkda.chunk_kda(**call())
 

@@ -84,6 +84,20 @@ def test_chunk_kda_keywords_of_fla(fla, flashkda):
     assert_matches(call, o, final_state, expected(flashkda, call))
 
 
+@pytest.mark.parametrize("options", [{"B": 2, "T": 130}, {"lengths": [70, 0, 64]}], ids=str)
+def test_intermediate_states(fla, flashkda, options):
+    """As many as fla returns: exactly those of the sequences, unless it is told to make a graph."""
+    call = make(12, **options)
+    o, final_state, h = fla.chunk_kda(**call, return_intermediate_states=True)
+    assert_matches(call, o, final_state, expected(flashkda, call))
+    ends = call.get("cu_seqlens")
+    *_, ours = flashkda.chunk_kda(**call, return_intermediate_states=True, cu_seqlens_cpu=ends)
+    assert torch.equal(h, ours) and h.shape[1] == 3
+    if ends is not None:
+        *_, h = fla.chunk_kda(**call, return_intermediate_states=True, use_graph=True)
+        assert h.shape[1] == 5
+
+
 def test_older_name_of_the_state_layout(fla, flashkda):
     call = make(4, T=9, state_v_first=True)
     older = {name: x for name, x in call.items() if name != "state_v_first"}
@@ -113,7 +127,7 @@ def declined(caplog, function, call: dict) -> str:
 @pytest.mark.parametrize(
     "change,reason",
     [
-        ({"return_intermediate_states": True}, "return_intermediate_states is True"),
+        ({"return_intermediate_states": 1}, "return_intermediate_states is 1"),
         ({"scale": torch.tensor(1.0)}, "scale is a tensor of shape"),
         ({"head_first": False}, "unexpected keyword argument 'head_first'"),
         ({"lower_bound": -7.0}, r"lower_bound is -7.0"),

@@ -42,8 +42,26 @@ def buffers(flashkda, call: dict) -> tuple[torch.Tensor, torch.Tensor]:
 def test_opcheck_chunk_kda_fwd(flashkda, device, name):
     call, tensors, tail = case(name, device)
     o, final_state = buffers(flashkda, call)
-    opcheck(flashkda.ops.chunk_kda_fwd, (*tensors, o, final_state, *tail))
-    opcheck(flashkda.ops.chunk_kda_fwd, (*tensors, o, None, *tail))
+    nothing = (None, None, None)
+    opcheck(flashkda.ops.chunk_kda_fwd, (*tensors, *nothing, o, final_state, None, 0, *tail))
+    opcheck(flashkda.ops.chunk_kda_fwd, (*tensors, *nothing, o, None, None, 0, *tail))
+
+
+@pytest.mark.parametrize("name", ["dense", "packed", "softplus"])
+def test_opcheck_chunk_kda_with_rows_and_checkpoints(flashkda, device, name):
+    call, tensors, tail = case(name, device)
+    o, final_state = buffers(flashkda, call)
+    N = len(final_state)
+    rows = torch.arange(N, device=device).flip(0)
+    offsets = torch.tensor([[16, -1, 0]] * N, dtype=torch.int32, device=device)
+    where = torch.arange(3 * N, device=device).reshape(N, 3)
+    pool = torch.zeros(4 * N, *final_state.shape[1:], device=device)
+    op, in_place = flashkda.ops.chunk_kda_fwd, flashkda.ops.chunk_kda_pool_fwd
+    for indices in (None, where):
+        opcheck(op, (*tensors, rows, offsets, indices, o, final_state, pool, 0, *tail))
+        opcheck(in_place, (*tensors, rows, offsets, indices, o, pool, 0, *tail))
+    opcheck(op, (*tensors, None, None, None, o, None, pool, 64, *tail))
+    opcheck(in_place, (*tensors, None, None, None, o, None, 0, *tail))
 
 
 @pytest.mark.parametrize("name", CASES)

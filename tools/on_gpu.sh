@@ -2,7 +2,7 @@
 # One command for a machine with a GPU and no network: `tools/on_gpu.sh tests compare ...`
 #
 #   parts    tests accuracy compare decode layer overhead sanitize demo (the default)
-#            quick (a short compare), hopper (the Hopper kernel's tests), bench (`kernels benchmark`)
+#            checkpoints, quick (a short compare), hopper (the Hopper kernel's tests), bench (`kernels benchmark`)
 #   OUT      where results.tgz (logs and results) and fla-autotune.tgz go (default /tmp/out)
 #   LIMIT    seconds for all parts together (default 560); the part that meets it is cut short
 #   COMPARE_ARGS   more for benchmarks/compare.py, such as "--contender this flashkda-upstream"
@@ -74,6 +74,7 @@ for name in "${PARTS[@]}"; do
     quick) part quick 240 python3 benchmarks/compare.py --quick --out "$RESULTS" ${COMPARE_ARGS:-} ;;
     layer) part layer 200 python3 benchmarks/layer.py --out "$RESULTS" ;;
     overhead) part overhead 100 python3 benchmarks/overhead.py --out "$RESULTS" ;;
+    checkpoints) part checkpoints 100 python3 benchmarks/checkpoints.py --out "$RESULTS" ;;
     sanitize) part sanitize 500 python3 tools/sanitize.py --timeout 120 --out "$RESULTS/sanitize" ;;
     bench) part bench 100 kernels benchmark "$PWD" --iterations 20 --warmup 3 ;;
     demo) part demo 200 python3 examples/demo.py ;;

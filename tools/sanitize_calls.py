@@ -57,6 +57,19 @@ def chunk_calls():
         narrow[name] = narrow[name][..., :64].contiguous()
     narrow["initial_state"] = narrow["initial_state"][..., :64, :64].contiguous()
     yield "head dims of 64", narrow
+    # Rows and offsets that are none or wrong beside right ones: nothing else may be touched.
+    kept = call("bounded, usual")
+    states = kept["initial_state"]
+    kept["initial_state"] = torch.randn(9, *states.shape[1:])
+    kept["state_indices"] = torch.tensor([8, 1, -1, 99, 0], dtype=torch.int32)
+    offsets = [[16, -1, 0], [0, 16, -1], [-1, -1, -1], [16, 48, 0], [32, 17, -7]]
+    kept["checkpoint_offsets"] = torch.tensor(offsets, dtype=torch.int32)
+    yield "rows of a pool, checkpoints", kept
+    pooled = {"inplace_final_state": True, "checkpoint_states": kept["initial_state"]}
+    where = [[2, 3, -1], [4, 99, 5], [6, 6, 6], [7, -2, 9], [5, 6, 1 << 30]]
+    pooled["checkpoint_indices"] = torch.tensor(where)
+    yield "one pool for all", kept | pooled
+    yield "intermediate states", call("given, usual") | {"return_intermediate_states": True}
 
 
 def recurrent_calls():

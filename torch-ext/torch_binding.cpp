@@ -95,6 +95,13 @@ Pool pool_of(const std::optional<Tensor>& state_indices,
   return pool;
 }
 
+Checkpoints checkpoints_of(const std::optional<Tensor>& states,
+                           const std::optional<Tensor>& offsets, const std::optional<Tensor>& rows,
+                           int64_t interval) {
+  return {flashkda::cpu::states(states), indices(offsets), indices(rows),
+          offsets ? offsets->size(1) : 0, interval};
+}
+
 Threads torch_threads() {
   const int count = static_cast<int>(torch::stable::get_num_threads());
   return {count, [](int n, const std::function<void(int)>& body) {
@@ -109,12 +116,37 @@ Threads torch_threads() {
 void chunk_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                    const Tensor& beta, const std::optional<Tensor>& A_log,
                    const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_state,
-                   const std::optional<Tensor>& cu_seqlens, Tensor o,
-                   std::optional<Tensor> final_state, double scale, int64_t gate,
-                   double lower_bound, int64_t beta_mode, bool l2norm, bool state_v_first) {
-  const Problem p =
-      problem_of(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o, final_state, scale,
-                 gate, lower_bound, beta_mode, l2norm, state_v_first);
+                   const std::optional<Tensor>& cu_seqlens,
+                   const std::optional<Tensor>& state_indices,
+                   const std::optional<Tensor>& checkpoint_offsets,
+                   const std::optional<Tensor>& checkpoint_indices, Tensor o,
+                   std::optional<Tensor> final_state, std::optional<Tensor> checkpoint_states,
+                   int64_t checkpoint_interval, double scale, int64_t gate, double lower_bound,
+                   int64_t beta_mode, bool l2norm, bool state_v_first) {
+  Problem p = problem_of(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o,
+                         final_state, scale, gate, lower_bound, beta_mode, l2norm, state_v_first);
+  p.state_indices = indices(state_indices);
+  p.checkpoints = checkpoints_of(checkpoint_states, checkpoint_offsets, checkpoint_indices,
+                                 checkpoint_interval);
+  implementations().front().chunk_kda_fwd(p, torch_threads());
+}
+
+void chunk_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                        const Tensor& beta, const std::optional<Tensor>& A_log,
+                        const std::optional<Tensor>& dt_bias, Tensor state,
+                        const std::optional<Tensor>& cu_seqlens,
+                        const std::optional<Tensor>& state_indices,
+                        const std::optional<Tensor>& checkpoint_offsets,
+                        const std::optional<Tensor>& checkpoint_indices, Tensor o,
+                        std::optional<Tensor> checkpoint_states, int64_t checkpoint_interval,
+                        double scale, int64_t gate, double lower_bound, int64_t beta_mode,
+                        bool l2norm, bool state_v_first) {
+  Problem p = problem_of(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, o, state, scale, gate,
+                         lower_bound, beta_mode, l2norm, state_v_first);
+  p.state_indices = indices(state_indices);
+  p.in_place = true;
+  p.checkpoints = checkpoints_of(checkpoint_states, checkpoint_offsets, checkpoint_indices,
+                                 checkpoint_interval);
   implementations().front().chunk_kda_fwd(p, torch_threads());
 }
 
@@ -159,8 +191,16 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "chunk_kda_fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? "
       "dt_bias, "
-      "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) o, Tensor(b!)? "
-      "final_state, " FLASHKDA_CHOICES);
+      "Tensor? initial_state, Tensor? cu_seqlens, Tensor? state_indices, Tensor? "
+      "checkpoint_offsets, "
+      "Tensor? checkpoint_indices, Tensor(a!) o, Tensor(b!)? final_state, Tensor(c!)? "
+      "checkpoint_states, "
+      "int checkpoint_interval, " FLASHKDA_CHOICES);
+  ops.def(
+      "chunk_kda_pool_fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, "
+      "Tensor? dt_bias, Tensor(b!) state, Tensor? cu_seqlens, Tensor? state_indices, "
+      "Tensor? checkpoint_offsets, Tensor? checkpoint_indices, Tensor(a!) o, "
+      "Tensor(c!)? checkpoint_states, int checkpoint_interval, " FLASHKDA_CHOICES);
   ops.def(
       "recurrent_kda_fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, "
       "Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor? state_indices, "
@@ -173,6 +213,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("chunk_kda_fwd", TORCH_BOX(&flashkda::cpu::chunk_kda_fwd));
+  ops.impl("chunk_kda_pool_fwd", TORCH_BOX(&flashkda::cpu::chunk_kda_pool_fwd));
   ops.impl("recurrent_kda_fwd", TORCH_BOX(&flashkda::cpu::recurrent_kda_fwd));
   ops.impl("recurrent_kda_pool_fwd", TORCH_BOX(&flashkda::cpu::recurrent_kda_pool_fwd));
 }
@@ -180,6 +221,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
 #if defined(CUDA_KERNEL)
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("chunk_kda_fwd", TORCH_BOX(&flashkda::cuda::chunk_kda_fwd));
+  ops.impl("chunk_kda_pool_fwd", TORCH_BOX(&flashkda::cuda::chunk_kda_pool_fwd));
   ops.impl("recurrent_kda_fwd", TORCH_BOX(&flashkda::cuda::recurrent_kda_fwd));
   ops.impl("recurrent_kda_pool_fwd", TORCH_BOX(&flashkda::cuda::recurrent_kda_pool_fwd));
 }

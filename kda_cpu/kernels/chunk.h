@@ -28,11 +28,13 @@
 // earlier tokens only.
 #pragma once
 
+#include "rows.h"
 #include "state.h"
 
 namespace flashkda::cpu::FLASHKDA_CPU_ISA {
 
 constexpr int64_t kChunk = 16;
+static_assert(kCheckpointUnit % kChunk == 0, "checkpoints lie between chunks");
 
 struct ChunkScratch {
   TokenBlock x;   // the chunk's tokens; x.v becomes U
@@ -193,24 +195,65 @@ inline void chunk_step(const ChunkScratch& s, int64_t K, int64_t cols, int64_t C
   }
 }
 
+// Keeps the state wherever it is wanted after `done` tokens.
+inline void store_checkpoints(const PrefillRows& rows, const ChunkScratch& s, int64_t done) {
+  const Problem& p = rows.p;
+  const Task& task = rows.task;
+  const Checkpoints& x = p.checkpoints;
+  const auto store = [&](int64_t row) {
+    store_state(s.S, s.x.ld_v, p.K, task.v1 - task.v0, state_block(p, x.states, row, task));
+  };
+  if (x.interval > 0) {
+    if (done % x.interval != 0 || done >= rows.tokens()) return;
+    const int64_t row = rows.intervals_before() + done / x.interval;
+    if (row < x.states.rows) store(row);
+    return;
+  }
+  for (int64_t c = 0; c < x.C; ++c) {
+    if (x.offsets.at(task.n, c) != done || !rows.has(done)) continue;
+    const int64_t row = rows.checkpoint(c);
+    if (row >= 0) store(row);
+  }
+}
+
+// NaN where an offset is wrong. S is spent.
+inline void spoil_wrong_checkpoints(const PrefillRows& rows, const ChunkScratch& s) {
+  const Problem& p = rows.p;
+  const Task& task = rows.task;
+  const Checkpoints& x = p.checkpoints;
+  for (int64_t c = 0; c < x.C; ++c) {
+    const int64_t offset = x.offsets.at(task.n, c), row = rows.checkpoint(c);
+    if (offset == -1 || rows.has(offset) || row < 0) continue;
+    std::fill(s.S, s.S + p.K * s.x.ld_v, std::numeric_limits<float>::quiet_NaN());
+    store_state(s.S, s.x.ld_v, p.K, task.v1 - task.v0, state_block(p, x.states, row, task));
+  }
+}
+
 inline void chunk_task(const Problem& p, const Task& task, const ChunkScratch& s) {
   const int64_t cols = task.v1 - task.v0;
+  const PrefillRows rows{p, task};
+  const bool checkpoints = p.checkpoints.states.data;
   std::fill(s.w, s.w + kChunk * s.x.ld_k, 0.f);
-  if (p.initial_state.data) {
-    load_state(state_block(p, p.initial_state, task.n, task), p.K, cols, s.S, s.x.ld_v);
+  const int64_t first = rows.first();
+  if (first >= 0) {
+    load_state(state_block(p, p.initial_state, first, task), p.K, cols, s.S, s.x.ld_v);
   } else {
-    std::fill(s.S, s.S + p.K * s.x.ld_v, 0.f);
+    const float value =
+        first == PrefillRows::kFromZero ? 0.f : std::numeric_limits<float>::quiet_NaN();
+    std::fill(s.S, s.S + p.K * s.x.ld_v, value);
   }
   const HeadGate gate = head_gate(p, task.h);
   for (int64_t t = task.begin; t < task.end; t += kChunk) {
+    if (checkpoints) store_checkpoints(rows, s, t - task.begin);
     const int64_t C = std::min(kChunk, task.end - t);
     load_tokens(p, gate, task, t, C, s.x);
     chunk_step(s, p.K, cols, C, p.scale);
     store_output(p, task, t, C, s.P + s.x.ld_v, 2 * s.x.ld_v);
   }
-  if (p.final_state.data) {
-    store_state(s.S, s.x.ld_v, p.K, cols, state_block(p, p.final_state, task.n, task));
-  }
+  if (checkpoints) store_checkpoints(rows, s, rows.tokens());
+  const int64_t last = rows.last();
+  if (last >= 0) store_state(s.S, s.x.ld_v, p.K, cols, state_block(p, p.final_state, last, task));
+  if (checkpoints) spoil_wrong_checkpoints(rows, s);
 }
 
 }  // namespace flashkda::cpu::FLASHKDA_CPU_ISA

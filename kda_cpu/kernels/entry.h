@@ -65,13 +65,10 @@ void for_each_task(const Problem& p, const Threads& threads, const Body& body) {
       task.v0 = i % blocks * block_cols;
       task.v1 = std::min(task.v0 + block_cols, p.V);
       if (task.v0 >= p.V) continue;
-      if (p.cu_seqlens.data) {
-        task.begin = std::clamp<int64_t>(p.cu_seqlens.at(task.n), 0, p.T);
-        task.end = std::clamp<int64_t>(p.cu_seqlens.at(task.n + 1), task.begin, p.T);
-      } else {
-        task.b = task.n;
-        task.end = p.T;
-      }
+      const Span span = token_span(p, task.n);
+      task.b = p.cu_seqlens.data ? 0 : task.n;
+      task.begin = span.begin;
+      task.end = span.end;
       body(task, scratch);
     }
   });

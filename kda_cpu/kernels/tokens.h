@@ -17,6 +17,17 @@ struct Task {
   int64_t v0 = 0, v1 = 0;
 };
 
+// The tokens of sequence n in its batch row, whatever cu_seqlens holds.
+struct Span {
+  int64_t begin, end;
+};
+
+inline Span token_span(const Problem& p, int64_t n) {
+  if (!p.cu_seqlens.data) return {0, p.T};
+  const int64_t begin = std::clamp<int64_t>(p.cu_seqlens.at(n), 0, p.T);
+  return {begin, std::clamp<int64_t>(p.cu_seqlens.at(n + 1), begin, p.T)};
+}
+
 // Hands out pieces of a thread's scratch memory; with no memory behind it, it measures.
 struct Arena {
   float* base = nullptr;

@@ -24,20 +24,49 @@ cudaError_t dispatch(const Problem& p, const Target& target, cudaStream_t stream
   return sm80::prefill::launch(p, target, stream);
 }
 
+void run(const Problem& p, const Tensor& q) {
+  const Launch launch(q);
+  check_launch(dispatch(p, target_of(launch.device()), launch.stream()), "chunk_kda",
+               launch.device());
+}
+
 }  // namespace
 
 void chunk_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                    const Tensor& beta, const std::optional<Tensor>& A_log,
                    const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_state,
-                   const std::optional<Tensor>& cu_seqlens, Tensor o,
-                   std::optional<Tensor> final_state, double scale, int64_t gate,
-                   double lower_bound, int64_t beta_mode, bool l2norm, bool state_v_first) {
-  const Problem p =
-      to_problem(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o, final_state, scale,
-                 gate, lower_bound, beta_mode, l2norm, state_v_first);
-  const Launch launch(q);
-  check_launch(dispatch(p, target_of(launch.device()), launch.stream()), "chunk_kda",
-               launch.device());
+                   const std::optional<Tensor>& cu_seqlens,
+                   const std::optional<Tensor>& state_indices,
+                   const std::optional<Tensor>& checkpoint_offsets,
+                   const std::optional<Tensor>& checkpoint_indices, Tensor o,
+                   std::optional<Tensor> final_state, std::optional<Tensor> checkpoint_states,
+                   int64_t checkpoint_interval, double scale, int64_t gate, double lower_bound,
+                   int64_t beta_mode, bool l2norm, bool state_v_first) {
+  Problem p = to_problem(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o,
+                         final_state, scale, gate, lower_bound, beta_mode, l2norm, state_v_first);
+  p.state_indices = to_index_tensor(state_indices);
+  p.checkpoints = to_checkpoints(checkpoint_states, checkpoint_offsets, checkpoint_indices,
+                                 checkpoint_interval);
+  run(p, q);
+}
+
+void chunk_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                        const Tensor& beta, const std::optional<Tensor>& A_log,
+                        const std::optional<Tensor>& dt_bias, Tensor state,
+                        const std::optional<Tensor>& cu_seqlens,
+                        const std::optional<Tensor>& state_indices,
+                        const std::optional<Tensor>& checkpoint_offsets,
+                        const std::optional<Tensor>& checkpoint_indices, Tensor o,
+                        std::optional<Tensor> checkpoint_states, int64_t checkpoint_interval,
+                        double scale, int64_t gate, double lower_bound, int64_t beta_mode,
+                        bool l2norm, bool state_v_first) {
+  Problem p = to_problem(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, o, state, scale, gate,
+                         lower_bound, beta_mode, l2norm, state_v_first);
+  p.state_indices = to_index_tensor(state_indices);
+  p.in_place = true;
+  p.checkpoints = to_checkpoints(checkpoint_states, checkpoint_offsets, checkpoint_indices,
+                                 checkpoint_interval);
+  run(p, q);
 }
 
 }  // namespace flashkda::cuda

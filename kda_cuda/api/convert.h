@@ -80,6 +80,28 @@ inline StateTensor to_state_tensor(const std::optional<Tensor>& x, const char* n
   return out;
 }
 
+inline IndexTensor to_index_tensor(const std::optional<Tensor>& x) {
+  IndexTensor out;
+  if (!x.has_value()) return out;
+  out.ptr = x->data_ptr();
+  out.is_64 = is_int64(*x);
+  out.stride_n = x->stride(0);
+  if (x->dim() == 2) out.stride_c = x->stride(1);
+  return out;
+}
+
+inline Checkpoints to_checkpoints(const std::optional<Tensor>& states,
+                                  const std::optional<Tensor>& offsets,
+                                  const std::optional<Tensor>& indices, int64_t interval) {
+  Checkpoints out;
+  out.states = to_state_tensor(states, "checkpoint_states");
+  out.offsets = to_index_tensor(offsets);
+  out.indices = to_index_tensor(indices);
+  if (offsets.has_value()) out.C = static_cast<int>(offsets->size(1));
+  out.interval = static_cast<int>(interval);
+  return out;
+}
+
 inline Problem to_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                           const Tensor& beta, const std::optional<Tensor>& A_log,
                           const std::optional<Tensor>& dt_bias,

@@ -618,6 +618,64 @@ void check_pool() {
   }
 }
 
+// A checkpoint has the bits of the final state of the sequence cut off there; wrong offsets give
+// NaN, and nothing else is written.
+void check_checkpoints() {
+  Random random(7);
+  for (int i = 0; i < 12; ++i) {
+    const std::vector<int64_t> lengths{40, 0, 70};
+    const Problem shape =
+        Case::shape(random, lengths, true, random.pick({DType::kF32, DType::kBF16}), 1, 2, 20, 72);
+    Case c(random, lengths, true, shape);
+    const int64_t C = 5, P = 20;
+    std::vector<int64_t> offsets, rows;
+    for (int64_t row = 0; row < c.p.N * C; ++row) {
+      offsets.push_back(random.pick<int64_t>({-1, 0, 16, 32, 48, 64, 80, 17, -16}));
+      rows.push_back(random.chance(0.8) ? row + 3 : random.pick<int64_t>({-1, P, -7}));
+    }
+    const Indices after(random.chance(0.5), C, offsets), where(random.chance(0.5), C, rows);
+    States kept(c.final.memory.dtype(), P, c.p.HV, c.p.K, c.p.V, c.p.state_v_first, 5);
+    for (const Implementation& with : implementations()) {
+      Problem p = c.problem();
+      p.checkpoints = {kept.tensor(), after.tensor(), where.tensor(), C, 0};
+      call(with, true, p, 1 + i % 3);
+      int64_t written = 0;
+      for (int64_t n = 0; n < c.p.N; ++n) {
+        for (int64_t column = 0; column < C; ++column) {
+          const int64_t offset = after.at(n, column), row = where.at(n, column);
+          if (offset == -1 || row < 0 || row >= P) continue;
+          const bool right = offset >= 0 && offset <= lengths[n] && offset % 16 == 0;
+          const Indices cut(false, 1, {c.first[n], c.first[n] + (right ? offset : 0)});
+          Problem one = c.problem();
+          one.N = 1, one.cu_seqlens = cut.tensor();
+          if (one.initial_state.data) {
+            const int64_t width = c.initial.memory.dtype() == DType::kF32 ? 4 : 2;
+            one.initial_state.data =
+                static_cast<char*>(one.initial_state.data) + n * one.initial_state.stride_n * width;
+          }
+          call(with, true, one, 1);
+          for (int64_t h = 0; h < c.p.HV; ++h)
+            for (int64_t d = 0; d < c.p.K; ++d)
+              for (int64_t v = 0; v < c.p.V; ++v, ++written) {
+                const int64_t at = kept.at(row, h, d, v);
+                const bool same =
+                    right ? kept.memory.bits(at) == c.final.memory.bits(c.final.at(0, h, d, v))
+                          : std::isnan(kept.memory.value(at)) &&
+                                kept.memory.bits(at) != kept.memory.guard();
+                if (!same) {
+                  fail("%s: checkpoint %d of %d tokens is wrong; %s", with.name, int(offset),
+                       int(lengths[n]), c.describe().c_str());
+                }
+              }
+        }
+      }
+      for (int64_t at = 0; at < kept.memory.size(); ++at)
+        written -= kept.memory.bits(at) != kept.memory.guard();
+      if (written != 0) fail("%s: something else was written than checkpoints", with.name);
+    }
+  }
+}
+
 }  // namespace check
 
 int main() {
@@ -627,6 +685,7 @@ int main() {
   check::check_long_memory();
   check::check_bits();
   check::check_pool();
+  check::check_checkpoints();
   std::string names;
   for (const auto& with : flashkda::cpu::implementations())
     names += std::string(names.empty() ? "" : ", ") + with.name;

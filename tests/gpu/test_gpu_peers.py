@@ -104,12 +104,29 @@ def test_flas_fused_recurrent_kda_calls_this_package(flashkda, registered):
 
 
 def test_what_is_declined_stays_with_fla(flashkda, registered, caplog):
-    """Intermediate states are fla's to compute; the log says why this package did not."""
+    """Gradients of CUDA tensors are fla's to compute; the log says why this package did not."""
     contenders.Fla.tune_nothing()
     call = make_problem("bounded, usual", (128,), 4, DEVICE).arguments
-    with torch.inference_mode(), caplog.at_level(logging.INFO, logger="fla.backends"):
-        result = registered.chunk_kda(
-            **call, return_intermediate_states=True, disable_recompute=False
-        )
-    assert len(result) == 3
+    call["q"].requires_grad_()
+    with caplog.at_level(logging.INFO, logger="fla.backends"):
+        registered.chunk_kda(**call)
     assert "flashkda rejected" in caplog.text
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("seqlens", [(300,), (130, 1, 64, 200)])
+def test_intermediate_states_beside_fla(flashkda, registered, seqlens, v_first, monkeypatch):
+    """Its layout and dtype, and its values within rounding; through its registry the same bits."""
+    call = make_problem("bounded, usual", seqlens, 4, DEVICE).arguments
+    call |= {"return_intermediate_states": True, "state_v_first": v_first}
+    ends = call["cu_seqlens"]
+    with torch.inference_mode():
+        *_, ours = flashkda.chunk_kda(**call, cu_seqlens_cpu=None if ends is None else ends.cpu())
+        *_, served = registered.chunk_kda(**call)
+        monkeypatch.setenv("FLA_FLASHKDA", "0")
+        contenders.Fla.tune_nothing()
+        *_, theirs = registered.chunk_kda(**call)
+    assert torch.equal(served, ours)
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    for c in range(ours.shape[1]):
+        assert relative_error(ours[:, c], theirs[:, c].double()) < 2e-2

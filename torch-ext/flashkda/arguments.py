@@ -45,25 +45,55 @@ class Call(NamedTuple):
     how: tuple  # the ops' common tail: scale, gate, lower_bound, beta_mode, l2norm, state_v_first
     N: int  # number of sequences
     gradient: bool  # whether an input asks for one
+    NT: int | None = None  # states that return_intermediate_states keeps in a row of the batch
 
 
 def check_chunk_call(
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, scale, output_final_state,
     use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
-    safe_gate, lower_bound, state_v_first,
+    safe_gate, lower_bound, state_v_first, state_indices=None, inplace_final_state=False,
+    checkpoint_offsets=None, checkpoint_indices=None, checkpoint_states=None,
+    return_intermediate_states=False, chunk_size=64, cu_seqlens_cpu=None, use_graph=False,
 ) -> Call:  # fmt: skip
-    """Checks the arguments that `chunk_kda` and `fwd` share."""
+    """Checks the arguments of `chunk_kda`, and those that `fwd` shares with it."""
     inputs, how, N = _check_shared(
         q, k, v, g, beta, A_log, dt_bias, cu_seqlens, scale, output_final_state,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
         safe_gate, lower_bound, state_v_first,
     )  # fmt: skip
-    if initial_state is not None:
-        initial_state = _check_initial_state(initial_state, q, v, N, state_v_first)
+    if type(inplace_final_state) is not bool or type(return_intermediate_states) is not bool:
+        _raise_flag(
+            inplace_final_state=inplace_final_state,
+            return_intermediate_states=return_intermediate_states,
+        )
+    if state_indices is not None or inplace_final_state:
+        _check_rows(state_indices, q, N, initial_state, inplace_final_state)
+    rows = N if state_indices is None else None
+    if inplace_final_state:
+        check_state_buffer("initial_state", initial_state, q, v, rows, state_v_first)
+    elif initial_state is not None:
+        initial_state = _check_initial_state(initial_state, q, v, rows, state_v_first)
+    if not (
+        checkpoint_offsets is None and checkpoint_indices is None and checkpoint_states is None
+    ):
+        _check_checkpoints(
+            checkpoint_offsets, checkpoint_indices, checkpoint_states, return_intermediate_states,
+            q, v, N, state_v_first,
+        )  # fmt: skip
+    NT = None
+    if return_intermediate_states:
+        NT = _intermediate_states(q, N, cu_seqlens, cu_seqlens_cpu, use_graph, chunk_size)
     gradient = _needs_gradient(*inputs, initial_state)
     if out is not None:
         _check_out(out, v, gradient)
-    return Call(inputs, initial_state, how, N, gradient)
+    if gradient or q.dtype == torch.float64:
+        _check_nothing_kept(
+            q, gradient, state_indices=state_indices is not None,
+            inplace_final_state=inplace_final_state,
+            checkpoint_offsets=checkpoint_offsets is not None,
+            return_intermediate_states=return_intermediate_states,
+        )  # fmt: skip
+    return Call(inputs, initial_state, how, N, gradient, NT)
 
 
 def check_recurrent_call(
@@ -433,6 +463,133 @@ def _check_state_indices(
             )
 
 
+def _check_rows(
+    state_indices: Tensor | None,
+    q: Tensor,
+    N: int,
+    initial_state: Tensor | None,
+    inplace_final_state: bool,
+) -> None:
+    """Which rows of a pool of states a prefill reads and writes: [N]."""
+    if initial_state is None:
+        name, why = "state_indices", "they point into it"
+        if inplace_final_state:
+            name, why = "inplace_final_state=True", "that is where the final state goes"
+        raise ValueError(
+            f"flashkda: initial_state is None, but must be a tensor with {name}: {why}."
+        )
+    if state_indices is None:
+        return
+    _check_index("state_indices", state_indices, q)
+    if state_indices.shape != (N,):
+        _raise_shape("state_indices", state_indices, f"shape [N] = {[N]}")
+
+
+def _check_checkpoints(
+    offsets: Tensor | None,
+    indices: Tensor | None,
+    states: Tensor | None,
+    return_intermediate_states: bool,
+    q: Tensor,
+    v: Tensor,
+    N: int,
+    state_v_first: bool,
+) -> None:
+    """Which states inside the sequences are kept, and where."""
+    if offsets is None:
+        for name, x in (("checkpoint_indices", indices), ("checkpoint_states", states)):
+            if x is not None:
+                raise ValueError(
+                    f"flashkda: {name} is given without checkpoint_offsets, but needs them: they "
+                    "say which states are kept."
+                )
+        return
+    if return_intermediate_states:
+        raise ValueError(
+            "flashkda: return_intermediate_states is True with checkpoint_offsets, but must be "
+            "False: a call keeps the one or the other."
+        )
+    _check_index("checkpoint_offsets", offsets, q)
+    shape = offsets.shape
+    if len(shape) != 2 or shape[0] != N:
+        _raise_shape("checkpoint_offsets", offsets, f"shape [N, C] with N = {N}")
+    if indices is not None:
+        _check_index("checkpoint_indices", indices, q)
+        if indices.shape != shape:
+            _raise_shape("checkpoint_indices", indices, f"checkpoint_offsets' shape, {list(shape)}")
+        if states is None:
+            raise ValueError(
+                "flashkda: checkpoint_states is None, but must be a tensor with "
+                "checkpoint_indices: they point into it."
+            )
+        check_state_buffer("checkpoint_states", states, q, v, None, state_v_first)
+    elif states is not None:
+        _check_checkpoint_buffer(states, shape[1], q, v, N, state_v_first)
+
+
+def _check_checkpoint_buffer(
+    states: Tensor, C: int, q: Tensor, v: Tensor, N: int, state_v_first: bool
+) -> None:
+    """[N, C, HV, K, V], contiguous, or [N, C, HV, V, K]."""
+    name = "checkpoint_states"
+    if not isinstance(states, Tensor):
+        _raise_not_a_tensor(checkpoint_states=states)
+    if states.dtype not in _STATE:
+        _raise_dtype(name, states, _STATE)
+    if states.device != q.device:
+        _raise_other_device(q.device, checkpoint_states=states)
+    takes = (N, C, *final_state_shape(q, v, N, state_v_first)[1:])
+    if states.shape != takes:
+        letters = "[N, C, HV, V, K]" if state_v_first else "[N, C, HV, K, V]"
+        _raise_shape(
+            name, states, f"shape {letters} = {list(takes)} with state_v_first={state_v_first}"
+        )
+    if not states.is_contiguous():
+        raise ValueError(
+            f"flashkda: {name} has strides {list(states.stride())}, but must be contiguous, because "
+            "it is written in place; for a padded pool give checkpoint_indices."
+        )
+
+
+def _intermediate_states(
+    q: Tensor,
+    N: int,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    use_graph: bool,
+    chunk_size: int,
+) -> int:
+    """How many states return_intermediate_states keeps in a row of the batch."""
+    if type(chunk_size) is not int or chunk_size < 1 or chunk_size % 16 != 0:
+        raise ValueError(
+            f"flashkda: chunk_size is {_describe(chunk_size)}, but must be a multiple of 16 with "
+            "return_intermediate_states=True: it is how far those states are apart."
+        )
+    T = q.shape[1]
+    if cu_seqlens is None:
+        return -(-T // chunk_size)
+    if cu_seqlens_cpu is None or use_graph:
+        return -(-T // chunk_size) + N - 1
+    _check_index("cu_seqlens_cpu", cu_seqlens_cpu, cu_seqlens_cpu)
+    if not cu_seqlens_cpu.is_cpu:
+        raise ValueError(
+            f"flashkda: cu_seqlens_cpu is on {cu_seqlens_cpu.device}, but must be on the CPU: "
+            "it is read there."
+        )
+    if cu_seqlens_cpu.shape != (N + 1,):
+        _raise_shape("cu_seqlens_cpu", cu_seqlens_cpu, f"cu_seqlens' shape, {[N + 1]}")
+    return int(-(-cu_seqlens_cpu.diff().clamp(min=0) // chunk_size).sum())
+
+
+def _check_nothing_kept(q: Tensor, gradient: bool, **given: bool) -> None:
+    """A call with gradients, or on float64, has the plain results alone."""
+    for name, is_given in given.items():
+        if is_given and gradient:
+            _raise_gradient_with(name)
+        if is_given:
+            _raise_dtype("q", q, _HALF + (torch.float32,), f" with {name}")
+
+
 def _check_index(name: str, x: Tensor, q: Tensor) -> None:
     if not isinstance(x, Tensor):
         _raise_not_a_tensor(**{name: x})
@@ -450,17 +607,12 @@ def _check_contiguous(name: str, x: Tensor) -> None:
         )
 
 
-def refuse_unserved(cp_context, return_intermediate_states, cu_seqlens, cu_seqlens_cpu) -> None:
+def refuse_unserved(cp_context, cu_seqlens, cu_seqlens_cpu) -> None:
     """What flash-linear-attention takes beyond ours, where it would change the results."""
     if cp_context is not None:
         raise NotImplementedError(
             f"flashkda: cp_context is {_describe(cp_context)}, but must be None: context "
             "parallelism is not served."
-        )
-    if return_intermediate_states:
-        raise NotImplementedError(
-            f"flashkda: return_intermediate_states is {_describe(return_intermediate_states)}, but "
-            "must be False: the states inside a sequence are not served."
         )
     if cu_seqlens_cpu is not None and cu_seqlens is None:
         raise ValueError(
@@ -500,8 +652,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 def _raise_gradient_with(name: str) -> NoReturn:
     raise ValueError(
         f"flashkda: {name} is given and an input requires a gradient, but {name} must be left out "
-        "there, because what is written in place has no gradient; call under torch.no_grad() for "
-        "inference."
+        "there, because what it selects has no gradient; call under torch.no_grad() for inference."
     )
 
 

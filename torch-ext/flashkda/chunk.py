@@ -29,6 +29,11 @@ def chunk_kda(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     out: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    inplace_final_state: bool = False,
+    checkpoint_offsets: Tensor | None = None,
+    checkpoint_indices: Tensor | None = None,
+    checkpoint_states: Tensor | None = None,
     disable_recompute: bool = False,
     return_intermediate_states: bool = False,
     cu_seqlens_cpu: Tensor | None = None,
@@ -37,7 +42,7 @@ def chunk_kda(
     max_num_seqs: int | None = None,
     chunk_size: int = 64,
     transpose_state_layout: bool | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """Kimi Delta Attention over sequences of any length, by chunks; differentiable.
 
     Per sequence and value head, with a state S in R^{K x V}: S' = Diag(exp g_t) S,
@@ -75,15 +80,46 @@ def chunk_kda(
         dt_bias: HV * K elements in any shape, fp32. Default zeros.
         out: [B, T, HV, V], dtype of v, stride 1 in V: where o is written; it must overlap no input.
             Not with gradients.
+        state_indices: [N], int32 or int64, on the tensors' device, never read by the host:
+            initial_state is a pool [P, HV, K, V] of any number of rows, padded (strided) in its
+            first dimension or not, and sequence n starts from row state_indices[n]. Index -1: start
+            from zero, keep nothing in the pool. Any other index outside of the pool: nothing is
+            read or written for it, and all that the sequence returns is NaN.
+        inplace_final_state: whether final states are written into `initial_state`, which is then
+            returned: at the rows that were read, or with no `state_indices` at row n. No two
+            sequences may write the same row; a sequence of no token leaves its row alone.
+        checkpoint_offsets: [N, C], int32 or int64, on the tensors' device, never read by the host:
+            entry [n, c] asks for the state after that many tokens of sequence n, which has the bits
+            of the final state of the same call on these tokens alone. Multiples of 16 from 0 (the
+            initial state) to the sequence's length, in any order; -1 for none. Any other offset
+            fills its row with NaN.
+        checkpoint_indices: [N, C], int32 or int64: row of `checkpoint_states`, then a pool, that
+            each checkpoint is written to. For -1, and for what lies outside of the pool, nothing is
+            written. The pool may be that of `initial_state`; a row that is written must not be
+            read or written by anything else in the call.
+        checkpoint_states: where checkpoints are written, fp32 or bf16: a pool [P, HV, K, V] with
+            `checkpoint_indices`, else [N, C, HV, K, V], contiguous; [.., V, K] with
+            `state_v_first`. Default, without indices: a new tensor of the final state's dtype.
+            What offset -1 leaves out is not written.
+        return_intermediate_states: whether to return the states in front of every chunk of
+            `chunk_size` tokens (a multiple of 16) of every sequence, as flash-linear-attention
+            does: [B, NT, HV, K, V] (or [.., V, K]) in q's dtype, with cu_seqlens those of one
+            sequence behind those of the other. NT is ceil(T / chunk_size); with cu_seqlens their
+            sum over sequences where `cu_seqlens_cpu` (a copy on the host) is given and not
+            `use_graph`, else the most that N sequences can have, ceil(T / chunk_size) + N - 1, of
+            which the rest is not written.
         disable_recompute, cu_seqlens_cpu, use_graph, max_num_seqs, chunk_size: accepted for
-            flash-linear-attention's callers; they do not change results, and every call can be
-            captured in a CUDA graph anyway.
-        return_intermediate_states, cp_context: refused.
+            flash-linear-attention's callers; but for what stands above they do not change results,
+            and every call can be captured in a CUDA graph anyway.
+        cp_context: refused.
         transpose_state_layout: older name of `state_v_first`.
 
     Returns:
-        o [B, T, HV, V] in v's dtype, and the final state, of initial_state's shape and dtype (fp32
-        without one), or None.
+        o [B, T, HV, V] in v's dtype, and the final state: `initial_state` itself with
+        `inplace_final_state`, else [N, HV, K, V] (or [N, HV, V, K]) in initial_state's dtype (fp32
+        without one) with `output_final_state`, else None. With `checkpoint_offsets` or
+        `return_intermediate_states` the states that they ask for come third. Only a call without
+        them, and without `state_indices` and `inplace_final_state`, has gradients.
 
     Raises:
         TypeError, ValueError: a wrong argument, named with what it is and what it takes; nothing
@@ -92,20 +128,41 @@ def chunk_kda(
 
     Source: Kimi Linear (https://arxiv.org/abs/2510.26692), section 3.
     """
-    arguments.refuse_unserved(cp_context, return_intermediate_states, cu_seqlens, cu_seqlens_cpu)
+    arguments.refuse_unserved(cp_context, cu_seqlens, cu_seqlens_cpu)
     if transpose_state_layout is not None:
         state_v_first = arguments.resolve_state_layout(state_v_first, transpose_state_layout)
     call = arguments.check_chunk_call(
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, scale, output_final_state,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
-        safe_gate, lower_bound, state_v_first,
+        safe_gate, lower_bound, state_v_first, state_indices, inplace_final_state,
+        checkpoint_offsets, checkpoint_indices, checkpoint_states, return_intermediate_states,
+        chunk_size, cu_seqlens_cpu, use_graph,
     )  # fmt: skip
     if call.gradient or q.dtype == torch.float64:
         return ops.functional(call, cu_seqlens, out, output_final_state)
     o = ops.new_output(v) if out is None else out
-    final_state = ops.new_final_state(call, q, v) if output_final_state else None
-    ops.chunk_kda_fwd(*call.inputs, call.initial_state, cu_seqlens, o, final_state, *call.how)
-    return o, final_state
+    kept, rows, interval = None, None, 0
+    if return_intermediate_states:
+        kept, interval = ops.new_intermediate_states(call, q, v), chunk_size
+        rows = kept.flatten(0, 1)
+    elif checkpoint_offsets is not None:
+        kept = checkpoint_states
+        if kept is None:
+            kept = ops.new_checkpoints(call, q, v, checkpoint_offsets.shape[1])
+        rows = kept.flatten(0, 1) if checkpoint_indices is None else kept
+    if inplace_final_state:
+        final_state = initial_state
+        ops.chunk_kda_pool_fwd(
+            *call.inputs, final_state, cu_seqlens, state_indices, checkpoint_offsets,
+            checkpoint_indices, o, rows, interval, *call.how,
+        )  # fmt: skip
+    else:
+        final_state = ops.new_final_state(call, q, v) if output_final_state else None
+        ops.chunk_kda_fwd(
+            *call.inputs, call.initial_state, cu_seqlens, state_indices, checkpoint_offsets,
+            checkpoint_indices, o, final_state, rows, interval, *call.how,
+        )  # fmt: skip
+    return (o, final_state) if kept is None else (o, final_state, kept)
 
 
 def fwd(
@@ -156,4 +213,7 @@ def fwd(
             if final_state is not None:
                 final_state.copy_(state)
             return
-        ops.chunk_kda_fwd(*call.inputs, call.initial_state, cu_seqlens, out, final_state, *call.how)
+        ops.chunk_kda_fwd(
+            *call.inputs, call.initial_state, cu_seqlens, None, None, None, out, final_state, None,
+            0, *call.how,
+        )  # fmt: skip

@@ -55,7 +55,7 @@ def register_fla_backend() -> None:
             return _verdict(arguments.check_chunk_call, _chunk_arguments(*args, **kwargs))
 
         def chunk_kda(self, *args, **kwargs):
-            return chunk_kda(**_chunk_arguments(*args, **kwargs))
+            return chunk_kda(**_with_lengths(_chunk_arguments(*args, **kwargs)))
 
         def fused_recurrent_kda_fwd_verifier(self, *args, **kwargs):
             return _verdict(arguments.check_recurrent_call, _recurrent_arguments(*args, **kwargs))
@@ -76,7 +76,7 @@ def _chunk_arguments(
     transpose_state_layout=None,
 ) -> dict:  # fmt: skip
     """A call of fla's chunk_kda, in its positional order, as this package's keywords."""
-    arguments.refuse_unserved(cp_context, return_intermediate_states, cu_seqlens, cu_seqlens_cpu)
+    arguments.refuse_unserved(cp_context, cu_seqlens, cu_seqlens_cpu)
     return {
         "q": q,
         "k": k,
@@ -96,7 +96,22 @@ def _chunk_arguments(
         "cu_seqlens": cu_seqlens,
         "A_log": A_log,
         "dt_bias": dt_bias,
+        "return_intermediate_states": return_intermediate_states,
+        "cu_seqlens_cpu": cu_seqlens_cpu,
+        "use_graph": use_graph,
+        "chunk_size": chunk_size,
     }
+
+
+def _with_lengths(call: dict) -> dict:
+    """The call with cu_seqlens on the host where the number of intermediate states hangs on them.
+
+    fla reads them there as well, unless it is told to make a graph.
+    """
+    counted = call["return_intermediate_states"] and not call["use_graph"]
+    if counted and call["cu_seqlens"] is not None and call["cu_seqlens_cpu"] is None:
+        return {**call, "cu_seqlens_cpu": call["cu_seqlens"].cpu()}
+    return call
 
 
 def _recurrent_arguments(
@@ -139,8 +154,9 @@ def _recurrent_arguments(
 
 def _verdict(check, call: dict) -> tuple[bool, str | None]:
     """Whether this package takes the call, and if not, why; fla takes an exception as a reason."""
-    names = inspect.signature(check).parameters
-    checked = check(**{name: call.get(name) for name in names})
+    taken = inspect.signature(check).parameters.values()
+    absent = {x.name: None for x in taken if x.default is x.empty}
+    checked = check(**absent | {x.name: call[x.name] for x in taken if x.name in call})
     q, initial_state = call["q"], call["initial_state"]
     in_place = call.get("inplace_final_state", False)
     if initial_state is not None and initial_state.dtype != torch.float32 and not in_place:

@@ -15,11 +15,17 @@ from .backward import chunk_gradients
 
 # They write into the buffers they are given and have no gradients.
 chunk_kda_fwd = ops.chunk_kda_fwd.default
+chunk_kda_pool_fwd = ops.chunk_kda_pool_fwd.default
 recurrent_kda_fwd = ops.recurrent_kda_fwd.default
 recurrent_kda_pool_fwd = ops.recurrent_kda_pool_fwd.default
 
 
 @torch.library.register_fake(add_op_namespace_prefix("chunk_kda_fwd"))
+def _(*args) -> None:
+    return None
+
+
+@torch.library.register_fake(add_op_namespace_prefix("chunk_kda_pool_fwd"))
 def _(*args) -> None:
     return None
 
@@ -74,6 +80,18 @@ def new_final_state(call, q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(shape, dtype=_final_state_dtype(q, call.initial_state))
 
 
+def new_checkpoints(call, q: Tensor, v: Tensor, C: int) -> Tensor:
+    """Uninitialised states [N, C, HV, K, V], or [.., V, K], of the final state's dtype."""
+    shape = final_state_shape(q, v, call.N, call.how[-1])
+    return q.new_empty((call.N, C, *shape[1:]), dtype=_final_state_dtype(q, call.initial_state))
+
+
+def new_intermediate_states(call, q: Tensor, v: Tensor) -> Tensor:
+    """Uninitialised states [B, NT, HV, K, V], or [.., V, K], of q's dtype."""
+    shape = final_state_shape(q, v, call.N, call.how[-1])
+    return q.new_empty((q.shape[0], call.NT, *shape[1:]))
+
+
 def functional(call, cu_seqlens: Tensor | None, out: Tensor | None, output_final_state: bool):
     """A checked call through the op that has gradients."""
     o, final_state = chunk_kda(*call.inputs, call.initial_state, cu_seqlens, *call.how)
@@ -108,7 +126,7 @@ def chunk_kda(
         )  # fmt: skip
         return o.copy_(exact_o), final_state.copy_(exact_state)
     how = (scale, gate, lower_bound, beta_mode, l2norm, state_v_first)
-    chunk_kda_fwd(*tensors, o, final_state, *how)
+    chunk_kda_fwd(*tensors, None, None, None, o, final_state, None, 0, *how)
     return o, final_state
 
 

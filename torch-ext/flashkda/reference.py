@@ -8,10 +8,10 @@ per key channel, a write strength beta_t and a state S in R^{K x V}::
     S  = S' + k_t u^T
     o_t = scale * S^T q_t
 
-`kda_recurrence` is these lines. `kda_chunk` is the same map over chunks of tokens, which is what
-the kernels compute; it is exact for every gate <= 0 (see `decayed_scores`). Both are
-differentiable. Every other implementation of the package is tested against `kda_recurrence` in
-float64.
+`kda_recurrence` is these lines, and `kda_checkpoints` its states on the way. `kda_chunk` is the
+same map over chunks of tokens, which is what the kernels compute; it is exact for every gate <= 0
+(see `decayed_scores`). All are differentiable. Every other implementation of the package is tested
+against `kda_recurrence` in float64.
 
 Unlike the ops, these functions read `cu_seqlens` on the host.
 """
@@ -29,6 +29,7 @@ GATE_GIVEN, GATE_SOFTPLUS, GATE_BOUNDED = 0, 1, 2
 BETA_GIVEN, BETA_SIGMOID, BETA_TWICE_SIGMOID = 0, 1, 2
 
 L2NORM_EPS = 1e-6
+CHECKPOINT_UNIT = 16  # tokens: checkpoints lie at its multiples
 
 
 class Tokens(NamedTuple):
@@ -247,6 +248,52 @@ def kda_recurrence(
         scale=scale, gate=gate, lower_bound=lower_bound, beta_mode=beta_mode,
         l2norm=l2norm, dtype=dtype,
     )  # fmt: skip
+
+
+def kda_checkpoints(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    checkpoint_offsets: Tensor,
+    state_v_first: bool = False,
+    dtype: torch.dtype = torch.float64,
+    **how,
+) -> Tensor:
+    """The states that `kda_recurrence` passes: entry [n, c] after checkpoint_offsets[n, c] tokens of
+    sequence n.
+
+    Arguments are those of `kda_recurrence`, and checkpoint_offsets [N, C].
+
+    Returns:
+        [N, C, HV, K, V], or [N, C, HV, V, K] with `state_v_first`; NaN for an offset that is no
+        multiple of 16 in [0, length].
+    """
+    how = {"scale": None, "gate": GATE_GIVEN, "lower_bound": 0.0, "beta_mode": BETA_GIVEN,
+           "l2norm": False, **how}  # fmt: skip
+    tokens = prepare(q, k, v, g, beta, A_log, dt_bias, dtype=dtype, **how)
+    N, C = checkpoint_offsets.shape
+    states = first_state(tokens, initial_state, N, state_v_first)
+    kept = states.new_full((N, C, *states.shape[1:]), float("nan"))
+    n = 0
+    for rows, S in sequences(tokens, states, cu_seqlens):
+        for row in range(len(S)):
+            one = Tokens(*(x[row : row + 1] for x in rows))
+            passed = {0: S[row]}
+            for t in range(CHECKPOINT_UNIT, one.q.shape[2] + 1, CHECKPOINT_UNIT):
+                piece = Tokens(*(x[:, :, t - CHECKPOINT_UNIT : t] for x in one))
+                passed[t] = recurrence(piece, passed[t - CHECKPOINT_UNIT][None])[1][0]
+            for c, offset in enumerate(checkpoint_offsets[n].tolist()):
+                if offset in passed:
+                    kept[n, c] = passed[offset]
+            n += 1
+    return kept.transpose(-1, -2) if state_v_first else kept
 
 
 def kda_chunk(

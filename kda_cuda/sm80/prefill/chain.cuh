@@ -12,6 +12,7 @@
 
 #include "../../common/element.cuh"
 #include "../../common/ptx.cuh"
+#include "../../common/state_columns.cuh"
 #include "../../common/tile.cuh"
 #include "work.cuh"
 
@@ -29,62 +30,32 @@ class Chain {
       : p_(p), w_(w), ring_(ring), smem_(smem), lane_(lane), v_(warp * 16) {}
 
   __device__ void run() {
+    static_assert(kCheckpointUnit == kChunk, "a checkpoint lies between two steps");
+    const StateColumns<K> columns{static_cast<int>(w_.n), static_cast<int>(w_.tokens), w_.hv,
+                                  w_.v0 + v_, lane_};
     float S[K / 8][4];
-    load_state(S);
+    columns.load(p_, S);
     RingPosition at(0);
     Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
               (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + v_ +
               lane_ % 2 * (kPiece / sizeof(Elem));
-    for (int64_t left = w_.tokens; left > 0; left -= kChunk) {
+    int left = columns.tokens;
+    int stop = columns.first_stop(p_);
+    // One loop with a comparison in it: a loop between two stops of its own is four instructions
+    // shorter and makes the compiler spill the producers' registers.
+    while (true) {
+      if (left == stop) stop = columns.keep(p_, S, left);
+      if (left <= 0) break;
       step(S, at, o, left);
       at.advance(1, ring_);
       o += kChunk * p_.o.stride_t;
+      left -= kChunk;
     }
-    if (p_.final_state.ptr != nullptr) store_state(S);
+    columns.store_final(p_, S);
+    columns.spoil_wrong_checkpoints(p_);
   }
 
  private:
-  // Where an element of the accumulator lies in a state tensor.
-  __device__ __forceinline__ int64_t state_offset(const StateTensor& x, int n, int i) const {
-    const int v = w_.v0 + v_ + lane_ / 4 + (i / 2) * 8;
-    const int k = n * 8 + (lane_ % 4) * 2 + (i & 1);
-    return w_.n * x.stride_n + int64_t{w_.hv} * K * p_.V +
-           (p_.state_v_first ? v * K + k : k * p_.V + v);
-  }
-
-  __device__ __forceinline__ void load_state(float (&S)[K / 8][4]) const {
-    const StateTensor& x = p_.initial_state;
-#pragma unroll
-    for (int n = 0; n < K / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (x.ptr == nullptr) {
-          S[n][i] = 0.f;
-        } else if (x.dtype == DType::kF32) {
-          S[n][i] = static_cast<const float*>(x.ptr)[state_offset(x, n, i)];
-        } else {
-          S[n][i] =
-              __bfloat162float(static_cast<const __nv_bfloat16*>(x.ptr)[state_offset(x, n, i)]);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store_state(const float (&S)[K / 8][4]) const {
-    const StateTensor& x = p_.final_state;
-#pragma unroll
-    for (int n = 0; n < K / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (x.dtype == DType::kF32) {
-          static_cast<float*>(x.ptr)[state_offset(x, n, i)] = S[n][i];
-        } else {
-          static_cast<__nv_bfloat16*>(x.ptr)[state_offset(x, n, i)] = __float2bfloat16_rn(S[n][i]);
-        }
-      }
-    }
-  }
-
   // Two neighbouring accumulator tiles, 16 x 16, as the left operand of the next product.
   static __device__ __forceinline__ void to_operand(uint32_t (&a)[4], const float (&left)[4],
                                                     const float (&right)[4]) {
@@ -95,7 +66,7 @@ class Chain {
   }
 
   __device__ __forceinline__ void step(float (&S)[K / 8][4], const RingPosition& at, Elem* to,
-                                       int64_t left) const {
+                                       int left) const {
     Slot<Cfg>* slot = slot_at<Cfg>(smem_, at.slot);
     Barriers* barriers = barriers_at(smem_);
     // Addresses are cheaper to find again every step than to keep beside the state.
@@ -201,7 +172,7 @@ class Chain {
   // O goes through the warp's own columns of v's tile, which it has read, so that it leaves in rows
   // of 16 bytes.
   __device__ __forceinline__ void store_output(const float (&o)[2][4], Slot<Cfg>* slot, Elem* to,
-                                               int64_t left) const {
+                                               int left) const {
     char* tile = reinterpret_cast<char*>(slot->v);
     __syncwarp();
 #pragma unroll

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "../../common/element.cuh"
+#include "../../common/state_columns.cuh"
 #include "../ptx.cuh"
 #include "shared.cuh"
 #include "tile.cuh"
@@ -31,75 +32,42 @@ class Chain {
       : p_(p), w_(w), s_(s), base_(base), lane_(lane), warp_(warp) {}
 
   __device__ void run() {
+    static_assert(kCheckpointUnit == kChunk, "a checkpoint lies between two steps");
+    const StateColumns<kChannels> columns{static_cast<int>(w_.n), static_cast<int>(w_.tokens),
+                                          w_.hv, w_.v0 + warp_ * 16, lane_};
     float S[kTiles][4];
-    load_state(S);
-    // Shuffled, so that the compiler sees that a warpgroup's threads walk together.
-    const int chunks = ptx::opaque(__shfl_sync(~0u, w_.chunks, 0));
+    columns.load(p_, S);
     const int64_t stride = kChunk * p_.o.stride_t;
     Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
               (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + warp_ * 16 +
               lane_ % 2 * (kPiece / sizeof(Elem));
-    int left = static_cast<int>(w_.tokens);
-    int at = 0;
+    int left = columns.tokens;
+    int stop = columns.first_stop(p_);
+    int at = 0, c = 0;
     uint32_t parity = 0;
+    while (true) {
+      const int until = __shfl_sync(~0u, c + (left - max(stop, 0) + kChunk - 1) / kChunk, 0);
 #pragma unroll 1
-    for (int c = 0; c < chunks; ++c) {
-      step(S, at, parity, left, [&] {
-        if (c == 0) return;
-        store_output(o, kChunk);
-        o += stride;
-      });
-      at = at + 1 == Cfg::kSlots ? 0 : at + 1;
-      parity ^= at == 0;
-      left -= kChunk;
+      for (; c < until; ++c) {
+        step(S, at, parity, left, [&] {
+          if (c == 0) return;
+          store_output(o, kChunk);
+          o += stride;
+        });
+        at = at + 1 == Cfg::kSlots ? 0 : at + 1;
+        parity ^= at == 0;
+        left -= kChunk;
+      }
+      if (left != stop) break;
+      stop = columns.keep(p_, S, left);
     }
     __syncwarp();
-    if (chunks > 0) store_output(o, left + kChunk);
-    if (p_.final_state.ptr != nullptr) store_state(S);
+    if (c > 0) store_output(o, left + kChunk);
+    columns.store_final(p_, S);
+    columns.spoil_wrong_checkpoints(p_);
   }
 
  private:
-  // Where an element of the accumulator lies in a state tensor.
-  __device__ __forceinline__ int64_t state_offset(const StateTensor& x, int n, int i) const {
-    const int v = w_.v0 + warp_ * 16 + lane_ / 4 + (i / 2) * 8;
-    const int k = n * 8 + (lane_ % 4) * 2 + (i & 1);
-    return w_.n * x.stride_n + int64_t{w_.hv} * kChannels * p_.V +
-           (p_.state_v_first ? v * kChannels + k : k * p_.V + v);
-  }
-
-  __device__ __forceinline__ void load_state(float (&S)[kTiles][4]) const {
-    const StateTensor& x = p_.initial_state;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (x.ptr == nullptr) {
-          S[n][i] = 0.f;
-        } else if (x.dtype == DType::kF32) {
-          S[n][i] = static_cast<const float*>(x.ptr)[state_offset(x, n, i)];
-        } else {
-          S[n][i] =
-              __bfloat162float(static_cast<const __nv_bfloat16*>(x.ptr)[state_offset(x, n, i)]);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store_state(const float (&S)[kTiles][4]) const {
-    const StateTensor& x = p_.final_state;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (x.dtype == DType::kF32) {
-          static_cast<float*>(x.ptr)[state_offset(x, n, i)] = S[n][i];
-        } else {
-          static_cast<__nv_bfloat16*>(x.ptr)[state_offset(x, n, i)] = __float2bfloat16_rn(S[n][i]);
-        }
-      }
-    }
-  }
-
   __device__ __forceinline__ uint32_t at_of(const void* part) const {
     return address_of(s_, base_, part);
   }

@@ -78,10 +78,17 @@ class FactorWarp {
     x[3] = high.y;
   }
 
-  static __device__ __forceinline__ void store(char* place, const float (&x)[kOwn],
-                                               const float (&factor)[kOwn]) {
-    *reinterpret_cast<uint2*>(place) = make_uint2(Bf16::pack(x[0] * factor[0], x[1] * factor[1]),
-                                                  Bf16::pack(x[2] * factor[2], x[3] * factor[3]));
+  // Stores and returns x times factor.
+  static __device__ __forceinline__ uint2 store(char* place, const float (&x)[kOwn],
+                                                const float (&factor)[kOwn]) {
+    const uint2 y = make_uint2(Bf16::pack(x[0] * factor[0], x[1] * factor[1]),
+                               Bf16::pack(x[2] * factor[2], x[3] * factor[3]));
+    *reinterpret_cast<uint2*>(place) = y;
+    return y;
+  }
+
+  static __device__ __forceinline__ __nv_bfloat162 larger(__nv_bfloat162 x, uint32_t y) {
+    return __hmax2(x, __habs2(reinterpret_cast<__nv_bfloat162&>(y)));
   }
 
   template <Gate kGate>
@@ -187,8 +194,6 @@ class FactorWarp {
       decay[c] = pair * others;
       steep |= decay[c] < kSmallestDecay;
     }
-    steep = __any_sync(~0u, steep);
-
     ptx::mbarrier_wait_at(at(&s_.empty[own.at]), own.parity ^ 1);
     if (lane_ < 8) {
       float* place = to.decay + decay_place(warp_ * 32 + lane_ * kOwn);
@@ -196,10 +201,9 @@ class FactorWarp {
       *reinterpret_cast<float2*>(place) = make_float2(decay[0], decay[1]);
       *reinterpret_cast<float2*>(place + kNext) = make_float2(decay[2], decay[3]);
     }
-    if (lane_ == 0) s_.steep[own.at][warp_] = steep;
-
     char* k_tilde = reinterpret_cast<char*>(to.k_tilde[half]);
     char* k_hat = reinterpret_cast<char*>(s_.hats[own.at].k_hat[half]);
+    __nv_bfloat162 largest = __float2bfloat162_rn(0.f);
     float inverse[kOwn];
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) inverse[c] = ptx::rcp(decay[c]);
@@ -210,10 +214,15 @@ class FactorWarp {
       store(k_tilde + place(i), x, after);
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) x[c] *= after[c];
-      store(k_hat + place(i), x, inverse);
+      const uint2 hat = store(k_hat + place(i), x, inverse);
+      largest = larger(larger(largest, hat.x), hat.y);
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) after[c] *= e[i][c];
     }
+    // A k of great norm may leave the range with less decay.
+    steep |= isinf(__low2float(largest)) || isinf(__high2float(largest));
+    steep = __any_sync(~0u, steep);
+    if (lane_ == 0) s_.steep[own.at][warp_] = steep;
     char* bars = reinterpret_cast<char*>(to.bars[half]);
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) {

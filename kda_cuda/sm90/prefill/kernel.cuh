@@ -14,6 +14,7 @@ namespace flashkda::cuda::sm90::prefill {
 template <class Cfg>
 __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kThreads, 1)
     prefill_kernel(const __grid_constant__ Problem p, const __grid_constant__ Maps maps) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char smem[];
   Shared<Cfg>& s = *reinterpret_cast<Shared<Cfg>*>(smem);
   const Work w = find_work<Cfg>(p, &s.sequence);
@@ -55,6 +56,7 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   }
   // Others may still arrive at this block's barriers.
   if constexpr (Cfg::kCluster > 1) ptx::cluster_sync();
+#endif
 }
 
 }  // namespace flashkda::cuda::sm90::prefill
