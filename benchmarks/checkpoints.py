@@ -54,10 +54,8 @@ def variants(x: cases.Inputs) -> dict[str, Callable[[], Any]]:
 
 def measure(case: cases.Case, gate: str, timer: timing.Timer) -> list[dict[str, Any]]:
     """A row a variant: the median over rounds, and its ratio to the call without checkpoints."""
-    captured = {
-        name: timing.Captured(call)
-        for name, call in variants(cases.make_inputs(case, gate, "cuda")).items()
-    }
+    calls = variants(cases.make_inputs(case, gate, "cuda"))  # hold what the graphs read
+    captured = {name: timing.Captured(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in captured}
     for _ in range(ROUNDS):
         for name, launch in captured.items():

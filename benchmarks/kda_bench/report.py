@@ -45,13 +45,15 @@ def header() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checkout's commit; where the tree came without its history, what FLASHKDA_COMMIT says."""
+    """What FLASHKDA_COMMIT says, where the tree came without its history; else the checkout's."""
+    if said := os.environ.get("FLASHKDA_COMMIT"):
+        return said
     command = ["git", "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:
-        return os.environ.get("FLASHKDA_COMMIT")
-    return found.stdout.strip() or os.environ.get("FLASHKDA_COMMIT")
+        return None
+    return found.stdout.strip() or None
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

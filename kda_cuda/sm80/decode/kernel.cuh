@@ -138,14 +138,14 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, false>& state, const Tok
   float k[Slice::kVectors];
 #pragma unroll
   for (int i = 0; i < Slice::kVectors; ++i) {
-    const float decay = token.decay[row + i], q = token.q[row + i];
+    const float growth = token.growth[row + i], q = token.q[row + i];
     k[i] = token.k[row + i];
     norms[0] += k[i] * k[i];
     norms[1] += q * q;
     norms[2] += q * k[i];
 #pragma unroll
     for (int j = 0; j < Slice::kWidth; ++j) {
-      state.s[i][j] *= decay;
+      state.s[i][j] = fmaf(state.s[i][j], growth, state.s[i][j]);
       sk[j] += state.s[i][j] * k[i];
       sq[j] += state.s[i][j] * q;
     }
@@ -199,14 +199,14 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, true>& state, const Toke
   float k[Slice::kWidth];
 #pragma unroll
   for (int j = 0; j < Slice::kWidth; ++j) {
-    const float decay = token.decay[channel + j], q = token.q[channel + j];
+    const float growth = token.growth[channel + j], q = token.q[channel + j];
     k[j] = token.k[channel + j];
     norms[0] += k[j] * k[j];
     norms[1] += q * q;
     norms[2] += q * k[j];
 #pragma unroll
     for (int i = 0; i < Slice::kVectors; ++i) {
-      state.s[i][j] *= decay;
+      state.s[i][j] = fmaf(state.s[i][j], growth, state.s[i][j]);
       sk[i] += state.s[i][j] * k[j];
       sq[i] += state.s[i][j] * q;
     }

@@ -18,7 +18,7 @@ __device__ __forceinline__ int64_t element(const Tokens& x, uint32_t b, int64_t 
 // the products and is applied to sums (see Norms in kernel.cuh).
 template <int K>
 struct alignas(16) Token {
-  float decay[K];  // exp(g)
+  float growth[K];  // exp(g) - 1: near 0, where a slow decay lies, fp32 says it more exactly
   float k[K];
   float q[K];
   float v[kSliceV];
@@ -85,7 +85,7 @@ class TokenReader {
         const float g = bits_to_float(bits.g, static_cast<DType>(p_.g_dtype));
         token.q[d] = bits_to_float(bits.q, dtype);
         token.k[d] = bits_to_float(bits.k, dtype);
-        token.decay[d] = expf(log_decay(g, gate));
+        token.growth[d] = expm1f(log_decay(g, gate));
       }
       const float extra = bits_to_float(bits.extra, extra_dtype());
       if (reads_v()) token.v[threadIdx.x % 32] = extra;

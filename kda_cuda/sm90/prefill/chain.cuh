@@ -10,6 +10,8 @@
 // a warp's own. The diagonals of T and M multiply in fp32, unrounded.
 #pragma once
 
+#include <cute/arch/cluster_sm90.hpp>
+
 #include "../../common/element.cuh"
 #include "../../common/state_columns.cuh"
 #include "../ptx.cuh"
@@ -43,17 +45,20 @@ class Chain {
               lane_ % 2 * (kPiece / sizeof(Elem));
     int left = columns.tokens;
     int stop = columns.first_stop(p_);
-    int at = 0, c = 0;
+    int at = 0;
     uint32_t parity = 0;
+    bool staged = false;
     while (true) {
-      const int until = __shfl_sync(~0u, c + (left - max(stop, 0) + kChunk - 1) / kChunk, 0);
+      // Shuffled, so that the compiler sees that a warpgroup's threads walk together.
+      const int bound = __shfl_sync(~0u, max(stop, 0), 0);
 #pragma unroll 1
-      for (; c < until; ++c) {
+      while (left > bound) {
         step(S, at, parity, left, [&] {
-          if (c == 0) return;
+          if (!staged) return;
           store_output(o, kChunk);
           o += stride;
         });
+        staged = true;
         at = at + 1 == Cfg::kSlots ? 0 : at + 1;
         parity ^= at == 0;
         left -= kChunk;
@@ -62,7 +67,7 @@ class Chain {
       stop = columns.keep(p_, S, left);
     }
     __syncwarp();
-    if (c > 0) store_output(o, left + kChunk);
+    if (staged) store_output(o, left + kChunk);
     columns.store_final(p_, S);
     columns.spoil_wrong_checkpoints(p_);
   }
@@ -143,11 +148,12 @@ class Chain {
 
   // Tells the block that makes the slot's chunks.
   __device__ __forceinline__ void release(int slot) const {
-    __syncwarp();
-    if (lane_ != 0) return;
     const uint32_t empty = at_of(&s_.empty[slot / Cfg::kCluster]);
     if constexpr (Cfg::kCluster > 1) {
-      ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, slot % Cfg::kCluster));
+      __syncwarp();
+      if (cute::elect_one_sync()) {
+        ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, slot % Cfg::kCluster));
+      }
     } else {
       ptx::mbarrier_arrive_at(empty);
     }
@@ -192,8 +198,7 @@ class Chain {
       d[half][2] = upper.x - even * d[half][2];
       d[half][3] = upper.y - odd * d[half][3];
     }
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
+    ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
     uint32_t x[4], u[4];
     to_operand(x, d[0], d[1]);
     scale(d[0], T_diagonal.x, T_diagonal.y);

@@ -25,18 +25,21 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   const uint32_t base = ptx::smem_address(smem);
 
   if (threadIdx.x == 0) {
+    constexpr int kChainThreads = Cfg::kChainGroups * kGroupThreads;
     for (int i = 0; i < kRaw; ++i) {
       ptx::mbarrier_init(&s.raw_full[i], 1);
       ptx::mbarrier_init(&s.raw_empty[i], 5 * 32);  // factor warps and a square warp
     }
     for (int i = 0; i < Cfg::kOwn; ++i) {
       ptx::mbarrier_init(&s.factors_full[i], kGroupThreads);
-      ptx::mbarrier_init(&s.empty[i], Cfg::kCluster * Cfg::kChainGroups * 4);  // chain warps
+      // Within a block every chain thread arrives for itself, over a cluster a warp does.
+      ptx::mbarrier_init(&s.empty[i],
+                         Cfg::kCluster > 1 ? Cfg::kCluster * kChainThreads / 32 : kChainThreads);
     }
     for (int i = 0; i < Cfg::kSlots; ++i) {
       ptx::mbarrier_init(&s.full[i], 1);
       ptx::mbarrier_init(&s.values_full[i], 1);
-      ptx::mbarrier_init(&s.values_empty[i], Cfg::kChainGroups * 4);  // chain warps
+      ptx::mbarrier_init(&s.values_empty[i], kChainThreads);
     }
     ptx::mbarrier_init_fence();
   }
