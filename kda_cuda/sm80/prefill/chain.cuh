@@ -14,7 +14,7 @@
 #include "../../common/ptx.cuh"
 #include "../../common/state_columns.cuh"
 #include "../../common/tile.cuh"
-#include "work.cuh"
+#include "ring.cuh"
 
 namespace flashkda::cuda::sm80::prefill {
 

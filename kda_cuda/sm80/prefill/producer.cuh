@@ -24,7 +24,7 @@
 #include "../../common/ptx.cuh"
 #include "../../common/tile.cuh"
 #include "loader.cuh"
-#include "work.cuh"
+#include "ring.cuh"
 
 namespace flashkda::cuda::sm80::prefill {
 
@@ -35,7 +35,8 @@ inline constexpr uint32_t kFullWarp = 0xffffffffu;
 template <class Elem>
 inline constexpr float kSmallestDecay = 0.f;
 template <>
-inline constexpr float kSmallestDecay<__nv_bfloat16> = 2.4074124e-35f;  // 2^-115: exp(-80)
+inline constexpr float kSmallestDecay<__nv_bfloat16> =
+    1.7e-35f;  // just under exp(-80), which gates with a lower bound of -5 never pass
 template <>
 inline constexpr float kSmallestDecay<__half> = 0.0625f;  // 2^-4
 

@@ -17,7 +17,6 @@
 #include "../ptx.cuh"
 #include "shared.cuh"
 #include "tile.cuh"
-#include "work.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 

@@ -7,7 +7,6 @@
 #include "factors.cuh"
 #include "shared.cuh"
 #include "squares.cuh"
-#include "work.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 
@@ -17,7 +16,7 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char smem[];
   Shared<Cfg>& s = *reinterpret_cast<Shared<Cfg>*>(smem);
-  const Work w = find_work<Cfg>(p, &s.sequence);
+  const Work w = find_work<Cfg::VS>(p, &s.sequence);
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;

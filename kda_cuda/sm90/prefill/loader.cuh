@@ -6,7 +6,6 @@
 #include "../ptx.cuh"
 #include "maps.h"
 #include "shared.cuh"
-#include "work.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 

@@ -27,8 +27,11 @@ cudaError_t launch_instance(const Problem& p, const Maps& maps, const Target& ta
 }  // namespace
 
 bool serves(const Problem& p, const Target& target) {
+  // Gates without a bound may be steep chunk after chunk, where this kernel is right but slow: a
+  // square warp then makes A and M alone, at three times the portable kernel's time
+  // (docs/performance.md).
   return target.capability == 90 && p.K == kChannels && p.V == kChannels &&
-         p.q.dtype == DType::kBF16 && maps_fit(p) && stores_fit(p);
+         p.q.dtype == DType::kBF16 && p.gate == Gate::kBounded && maps_fit(p) && stores_fit(p);
 }
 
 // A slice of V costs its head's factors once more, and leaves the factor warps more of the SM:

@@ -7,9 +7,12 @@
 #include <cstdint>
 
 #include "../../common/triangle.cuh"
+#include "../../common/work.cuh"
 #include "config.h"
 
 namespace flashkda::cuda::sm90::prefill {
+
+static_assert(kChunk == kWorkChunk && kChunk == kTriangle);
 
 // What chunks arrive as.
 struct alignas(1024) Raw {

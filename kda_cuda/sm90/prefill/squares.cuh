@@ -12,7 +12,6 @@
 #include "loader.cuh"
 #include "shared.cuh"
 #include "tile.cuh"
-#include "work.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "config.h"
+#include "params.h"
 
-namespace flashkda::cuda::sm80::prefill {
+namespace flashkda::cuda {
 
 struct Work {
   int64_t n;      // sequence
@@ -39,15 +39,18 @@ __device__ __forceinline__ int64_t sequence_of_rank(const Problem& p, int64_t ra
   return *shared;
 }
 
+inline constexpr int kWorkChunk = 16;  // tokens of a chunk of every prefill kernel
+
 // Ranking is quadratic in N; past this many sequences their own order balances well enough.
 inline constexpr int64_t kMaxRanked = 128;
 
-template <class Cfg>
+// VS: the value columns of a block.
+template <int VS>
 __device__ __forceinline__ Work find_work(const Problem& p, int* shared) {
   Work w;
-  const int slices = p.V / Cfg::VS;
+  const int slices = p.V / VS;
   int64_t block = blockIdx.x;
-  w.v0 = static_cast<int>(block % slices) * Cfg::VS;
+  w.v0 = static_cast<int>(block % slices) * VS;
   block /= slices;
   w.hv = static_cast<int>(block % p.HV);
   w.h = w.hv / (p.HV / p.H);
@@ -62,41 +65,8 @@ __device__ __forceinline__ Work find_work(const Problem& p, int* shared) {
     w.begin = cu_seqlen(p, w.n);
     w.tokens = max(cu_seqlen(p, w.n + 1) - w.begin, int64_t{0});
   }
-  w.chunks = static_cast<int>((w.tokens + kChunk - 1) / kChunk);
+  w.chunks = static_cast<int>((w.tokens + kWorkChunk - 1) / kWorkChunk);
   return w;
 }
 
-// A slot of the ring and the parity of its current use; chunk c uses slot c % slots.
-//
-// A wait on a parity is only sound if the barrier is not a whole phase further behind. For the
-// chain, which takes all chunks in turn, it never is. A producer of chunk c waits for the chain to
-// have read chunk c - slots (empty) before it waits for c's own loads (raw), so that raw is not
-// behind; and it has made chunk c - producers, whose loads began after the chain had read c -
-// producers - slots, so that neither empty is, for c as for the later chunk c + ahead whose loads
-// it begins.
-struct RingPosition {
-  int slot;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ explicit RingPosition(int chunk) : slot(chunk) {}
-
-  // chunks is at most the ring's slots.
-  __device__ __forceinline__ void advance(int chunks, const Ring& ring) {
-    slot += chunks;
-    if (slot >= ring.slots) {
-      slot -= ring.slots;
-      parity ^= 1;
-    }
-  }
-};
-
-template <class Cfg>
-__device__ __forceinline__ Slot<Cfg>* slot_at(char* smem, int slot) {
-  return reinterpret_cast<Slot<Cfg>*>(smem + kSlotsOffset) + slot;
-}
-
-__device__ __forceinline__ Barriers* barriers_at(char* smem) {
-  return reinterpret_cast<Barriers*>(smem);
-}
-
-}  // namespace flashkda::cuda::sm80::prefill
+}  // namespace flashkda::cuda
