@@ -17,7 +17,7 @@ BLOCKS = BLOCK.findall((CHECKOUT / "README.md").read_text())
 
 def test_blocks_are_found():
     assert [remark for remark, _ in BLOCKS if remark] == ["needs a GPU and the Hub"]
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 @pytest.mark.parametrize("code", [code for remark, code in BLOCKS if not remark])
