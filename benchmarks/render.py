@@ -84,6 +84,10 @@ def readme_layer(result: dict) -> list[str]:
     """Times of a layer's forward, and of the KDA call in it."""
     variants = list(dict.fromkeys(row["variant"] for row in result["rows"]))
     lines = [
+        "One KDA layer of Kimi-Linear-48B in transformers (bf16), prefill, with its KDA call from this",
+        "package, from flash-linear-attention, and from transformers' own torch code",
+        "(`benchmarks/layer.py`):",
+        "",
         f"| tokens | {' | '.join(variants)} |",
         f"|---|{'---:|' * len(variants)}",
     ]
