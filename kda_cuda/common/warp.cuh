@@ -3,12 +3,6 @@
 
 namespace flashkda::cuda {
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(~0u, x, mask);
-  return x;
-}
-
 // Sums each of x[0..n) over the n lanes whose numbers differ in the bits stride, 2 stride, ..., n/2
 // stride and returns, in the lane where these bits spell i, the sum of x[i]. Each step halves what
 // a lane still has to sum, so that it takes n - 1 shuffles where n sums in every lane would take n

@@ -16,12 +16,6 @@ __device__ __forceinline__ int row_offset(int row, int piece) {
   return row * kRowBytes + ((piece ^ (row & 7)) * kPiece);
 }
 
-// The same in a tile of two halves of kRows rows; piece counts from 0 to 15.
-template <int kRows>
-__device__ __forceinline__ int halves_offset(int row, int piece) {
-  return (piece / 8) * kRows * kRowBytes + row_offset(row, piece % 8);
-}
-
 // The upper half of a descriptor: rows of 128 bytes, swizzled so, groups of eight of them adjacent.
 inline constexpr uint32_t kDescriptorUpper = (8 * kRowBytes) >> 4 | 1u << 30;
 
