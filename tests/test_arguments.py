@@ -336,7 +336,26 @@ def test_cuda_tensors_without_cuda_kernels(cpu_build, function):
 )
 def test_what_cuda_kernels_do_not_take(flashkda, monkeypatch, shapes, sentence):
     """Checked before a kernel is chosen, so that it can be tested without one."""
-    monkeypatch.setattr(flashkda.chunk.arguments, "DEVICE_TYPES", ("cpu", "cuda"))
+    monkeypatch.setattr(flashkda.chunk.arguments, "_CUDA", True)
     call = make(1, **{"B": 2, "T": 6, "H": 2, "HV": 4, "K": 64, "V": 64, **shapes})
     with pytest.raises((TypeError, ValueError), match=sentence):
         flashkda.chunk_kda(**on_cuda(call))
+
+
+@pytest.mark.parametrize("function", [CHUNK, RECURRENT])
+@pytest.mark.parametrize(
+    "HV,N,sentence",
+    [
+        (1 << 15, 1, "v has shape .*HV.* at most 32767 on CUDA"),
+        (1 << 9, 1 << 20, "1048576 sequences of 512 heads HV .* at most 536870911 together"),
+    ],
+)
+def test_more_than_a_grid_holds(flashkda, monkeypatch, function, HV, N, sentence):
+    monkeypatch.setattr(flashkda.chunk.arguments, "_CUDA", True)
+    with FakeTensorMode():
+        q, k = torch.empty(2, 1, 1, 1, 64, dtype=torch.bfloat16, device="cuda")
+        v, g = torch.empty(2, 1, 1, HV, 64, dtype=torch.bfloat16, device="cuda")
+        beta = torch.empty(1, 1, HV, dtype=torch.bfloat16, device="cuda")
+        ends = torch.empty(N + 1, dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match=sentence):
+        getattr(flashkda, function)(q, k, v, g, beta, cu_seqlens=ends)

@@ -32,6 +32,11 @@ _GATE = (torch.bfloat16, torch.float16, torch.float32)
 _STATE = (torch.float32, torch.bfloat16)
 _INDEX = (torch.int32, torch.int64)
 
+# Decode counts a row of states in 32 bits; prefill has up to four blocks a (sequence, head) in a
+# grid of fewer than 2^31.
+_CUDA_HEADS = (1 << 15) - 1
+_CUDA_CHAINS = (1 << 29) - 1
+
 LOWEST_BOUND = -5.0
 CUDA_HEAD_DIMS = (64, 128)
 _CUDA = "cuda" in DEVICE_TYPES
@@ -164,6 +169,11 @@ def _check_shared(
     beta_mode = _check_beta_mode(use_beta_sigmoid_in_kernel, allow_neg_eigval)
     N = B if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, q)
     if not q.is_cpu:
+        if N * HV > _CUDA_CHAINS:
+            raise ValueError(
+                f"flashkda: {N} sequences of {HV} heads HV were given, but must be at most "
+                f"{_CUDA_CHAINS} together on CUDA; split the call."
+            )
         q, k = _with_unit_stride(q), _with_unit_stride(k)
         v, g = _with_unit_stride(v), _with_unit_stride(g)
     how = (scale, gate, bound, beta_mode, use_qk_l2norm_in_kernel, state_v_first)
@@ -228,6 +238,10 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> N
         if V not in CUDA_HEAD_DIMS:
             _raise_shape(
                 "v", v, f"V, the last of [B, T, HV, V], of {_either(CUDA_HEAD_DIMS)} on CUDA"
+            )
+        if HV > _CUDA_HEADS:
+            _raise_shape(
+                "v", v, f"HV, the third of [B, T, HV, V], of at most {_CUDA_HEADS} on CUDA"
             )
 
 
