@@ -8,10 +8,8 @@ with 1 if this package's error is larger than flash-linear-attention's anywhere 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from pathlib import Path
 
 import torch
 from kda_bench import contenders, report
@@ -86,10 +84,7 @@ def markdown(result: dict, names: list[str]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    default = Path(__file__).parent.parent / "docs" / "results"
-    parser.add_argument("--out", type=Path, default=default)
-    options = parser.parse_args()
+    options = report.parser(__doc__).parse_args()
     if not torch.cuda.is_available():
         sys.exit("accuracy.py runs on a CUDA GPU, and torch sees none on this machine")
 

@@ -9,12 +9,10 @@ sequence cost LIMIT or more.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,11 +72,9 @@ def measure(case: cases.Case, gate: str, timer: timing.Timer) -> list[dict[str, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = report.parser(__doc__)
     parser.add_argument("--case", action="append", help='default: "H=96 8x1024"')
     parser.add_argument("--gate", nargs="+", choices=cases.GATES, default=["fast", "slow"])
-    default = Path(__file__).parent.parent / "docs" / "results"
-    parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("checkpoints.py measures GPU time, and torch sees no CUDA GPU on this machine")

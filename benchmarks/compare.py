@@ -72,7 +72,7 @@ SUITES = {
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = report.parser(__doc__)
     more, limit = parser.add_argument, "seconds a measurement (default 0.15)"
     gates = "default: fast and slow, for two cases softplus and given too; decode: fast"
     more("--suite", choices=SUITES, default="prefill")
@@ -82,7 +82,6 @@ def arguments() -> argparse.Namespace:
     more("--gate", nargs="+", choices=cases.GATES, help=gates)
     more("--contender", nargs="+", choices=[c.name for c in contenders.CONTENDERS])
     more("--budget", type=float, default=0.15, help=limit)
-    more("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results")
     options = parser.parse_args()
     suite = SUITES[options.suite]
     try:

@@ -11,14 +11,12 @@ against the same layer in float64. Writes layer.json and layer.md.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -250,10 +248,7 @@ def run(size: Size, cases, device: str, timer, variants: tuple[str, ...], keep: 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    default = Path(__file__).parent.parent / "docs" / "results"
-    parser.add_argument("--out", type=Path, default=default)
-    options = parser.parse_args()
+    options = report.parser(__doc__).parse_args()
     if not torch.cuda.is_available():
         sys.exit("layer.py measures GPU time, and torch sees no CUDA GPU on this machine")
     print(f"{REPO_ID}: {load_this().__file__}", flush=True)

@@ -9,12 +9,10 @@ package. Writes overhead.json; exits with 1 if a call of this package takes long
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,10 +61,7 @@ def decode_call(kernel, tokens: cases.Inputs) -> Callable[[], Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    default = Path(__file__).parent.parent / "docs" / "results"
-    parser.add_argument("--out", type=Path, default=default)
-    options = parser.parse_args()
+    options = report.parser(__doc__).parse_args()
     if not torch.cuda.is_available():
         sys.exit("overhead.py times launches on a CUDA GPU, and torch sees none on this machine")
 

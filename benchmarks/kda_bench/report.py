@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -32,6 +33,14 @@ Row = dict[str, Any]
 
 # Of the decode suite's plot, one a contender in the order of the rows: this package first.
 COLORS = ("#c1121f", "#adb5bd", "#30638e", "#edae49")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Of a script that writes results: the first line of its docstring, and --out."""
+    made = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    results = Path(__file__).parents[2] / "docs" / "results"
+    made.add_argument("--out", type=Path, default=results)
+    return made
 
 
 def header() -> dict[str, Any]:

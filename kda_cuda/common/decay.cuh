@@ -16,6 +16,10 @@ struct DecayParams {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
 
+// k exp(-G) stays in bf16's range while a chunk's decay does not fall below this: just under
+// exp(-80), which gates with a lower bound of -5 never pass.
+inline constexpr float kSmallestBf16Decay = 1.7e-35f;
+
 __device__ __forceinline__ DecayParams load_decay_params(const Problem& p, int hv) {
   const float exp_A = p.A_log == nullptr ? 1.f : ptx::ex2(kLog2E * __ldg(p.A_log + hv));
   switch (p.gate) {

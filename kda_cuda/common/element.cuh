@@ -49,4 +49,15 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
                                 d[2], d[3]);
 }
 
+// Two neighbouring accumulator tiles, 16 x 16, as the left operand of the next product.
+template <class Elem>
+__device__ __forceinline__ void to_operand(uint32_t (&a)[4], const float (&left)[4],
+                                           const float (&right)[4]) {
+  using Traits = ElementTraits<Elem>;
+  a[0] = Traits::pack(left[0], left[1]);
+  a[1] = Traits::pack(left[2], left[3]);
+  a[2] = Traits::pack(right[0], right[1]);
+  a[3] = Traits::pack(right[2], right[3]);
+}
+
 }  // namespace flashkda::cuda

@@ -56,15 +56,6 @@ class Chain {
   }
 
  private:
-  // Two neighbouring accumulator tiles, 16 x 16, as the left operand of the next product.
-  static __device__ __forceinline__ void to_operand(uint32_t (&a)[4], const float (&left)[4],
-                                                    const float (&right)[4]) {
-    a[0] = Traits::pack(left[0], left[1]);
-    a[1] = Traits::pack(left[2], left[3]);
-    a[2] = Traits::pack(right[0], right[1]);
-    a[3] = Traits::pack(right[2], right[3]);
-  }
-
   __device__ __forceinline__ void step(float (&S)[K / 8][4], const RingPosition& at, Elem* to,
                                        int left) const {
     Slot<Cfg>* slot = slot_at<Cfg>(smem_, at.slot);
@@ -102,7 +93,7 @@ class Chain {
         rk[1] = *reinterpret_cast<const float2*>(slot->rk + 8 + token);
       }
       uint32_t a[4];
-      to_operand(a, S[2 * kk], S[2 * kk + 1]);
+      to_operand<Elem>(a, S[2 * kk], S[2 * kk + 1]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         mma<Elem>(x[half], a, bk[kk % 2][2 * half], bk[kk % 2][2 * half + 1]);
@@ -125,7 +116,7 @@ class Chain {
         x[half][3] = upper.y - rk[half].y * x[half][3];
       }
       uint32_t a[4];
-      to_operand(a, x[0], x[1]);
+      to_operand<Elem>(a, x[0], x[1]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float2 T = *reinterpret_cast<const float2*>(slot->T_diagonal + half * 8 + token);
@@ -140,7 +131,7 @@ class Chain {
         o[half][2] += M.x * x[half][2];
         o[half][3] += M.y * x[half][3];
       }
-      to_operand(u, x[0], x[1]);
+      to_operand<Elem>(u, x[0], x[1]);
     }
 
 #pragma unroll

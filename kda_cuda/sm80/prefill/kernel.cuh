@@ -14,8 +14,7 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
-
+#include "../../common/smem.h"
 #include "chain.cuh"
 #include "config.h"
 #include "producer.cuh"
@@ -53,14 +52,8 @@ template <class Cfg>
 cudaError_t launch_instance(const Problem& p, const Target& target, cudaStream_t stream) {
   const Ring ring = make_ring<Cfg>(target.smem_limit);
   const size_t bytes = smem_bytes<Cfg>(ring);
-  // Once a device: asking the driver costs more than the rest of a launch's preparation.
-  static std::atomic<bool> configured[kMaxDevices];
-  if (!configured[target.device].load(std::memory_order_acquire)) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        prefill_kernel<Cfg>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error != cudaSuccess) return error;
-    configured[target.device].store(true, std::memory_order_release);
-  }
+  const cudaError_t error = allow_smem<prefill_kernel<Cfg>>(bytes, target.device);
+  if (error != cudaSuccess) return error;
   const int64_t blocks = p.N * p.HV * (p.V / Cfg::VS);
   prefill_kernel<Cfg><<<static_cast<unsigned>(blocks), Cfg::kThreads, bytes, stream>>>(p, ring);
   return cudaGetLastError();

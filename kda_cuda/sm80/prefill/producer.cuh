@@ -19,6 +19,7 @@
 
 #include <type_traits>
 
+#include "../../common/decay.cuh"
 #include "../../common/element.cuh"
 #include "../../common/gate.cuh"
 #include "../../common/ptx.cuh"
@@ -35,8 +36,7 @@ inline constexpr uint32_t kFullWarp = 0xffffffffu;
 template <class Elem>
 inline constexpr float kSmallestDecay = 0.f;
 template <>
-inline constexpr float kSmallestDecay<__nv_bfloat16> =
-    1.7e-35f;  // just under exp(-80), which gates with a lower bound of -5 never pass
+inline constexpr float kSmallestDecay<__nv_bfloat16> = kSmallestBf16Decay;
 template <>
 inline constexpr float kSmallestDecay<__half> = 0.0625f;  // 2^-4
 
@@ -254,7 +254,6 @@ class Producer {
   }
 
   __device__ __forceinline__ void load_gate_constants() {
-    constexpr float kLog2E = 1.4426950408889634f;
     const float exp_A = p_.A_log == nullptr ? 1.f : ptx::ex2(kLog2E * __ldg(p_.A_log + w_.hv));
     slope_ = kLog2E;
     factor_ = 1.f;
@@ -269,15 +268,6 @@ class Producer {
       const int64_t i = int64_t{w_.hv} * K + at_.channel + c;
       shift_[c] = p_.dt_bias == nullptr ? 0.f : slope_ * __ldg(p_.dt_bias + i);
     }
-  }
-
-  // log2(1 + 2^y), to fp32's relative accuracy for small results too.
-  static __device__ __forceinline__ float log2_one_plus_exp2(float y) {
-    constexpr float kLog2E = 1.4426950408889634f;
-    const float u = ptx::ex2(y);
-    const float series = kLog2E * u * (1.f - u * (0.5f - u * (1.f / 3.f)));
-    const float log = ptx::lg2(1.f + u);
-    return y > 29.f ? y : (u < 0.0078125f ? series : log);
   }
 
   // exp(g) of the gate's input x.

@@ -76,22 +76,13 @@ class Chain {
     return address_of(s_, base_, part);
   }
 
-  // Two neighbouring accumulator tiles, 16 x 16, as the left operand of the next product.
-  static __device__ __forceinline__ void to_operand(uint32_t (&a)[4], const float (&left)[4],
-                                                    const float (&right)[4]) {
-    a[0] = Traits::pack(left[0], left[1]);
-    a[1] = Traits::pack(left[2], left[3]);
-    a[2] = Traits::pack(right[0], right[1]);
-    a[3] = Traits::pack(right[2], right[3]);
-  }
-
   // d = S^T [k_bar; q_bar]^T: tiles 0, 1 are k_bar S, tiles 2, 3 q_bar S.
   __device__ __forceinline__ void start_state_product(float (&d)[4][4], const float (&S)[kTiles][4],
                                                       const Slot& f) const {
     using Product = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
     uint32_t a[kTiles / 2][4];
 #pragma unroll
-    for (int kk = 0; kk < kTiles / 2; ++kk) to_operand(a[kk], S[2 * kk], S[2 * kk + 1]);
+    for (int kk = 0; kk < kTiles / 2; ++kk) to_operand<Elem>(a[kk], S[2 * kk], S[2 * kk + 1]);
     const uint32_t bars = descriptor_address(at_of(f.bars));
     cute::warpgroup_arrive();
 #pragma unroll
@@ -199,7 +190,7 @@ class Chain {
     }
     ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
     uint32_t x[4], u[4];
-    to_operand(x, d[0], d[1]);
+    to_operand<Elem>(x, d[0], d[1]);
     scale(d[0], T_diagonal.x, T_diagonal.y);
     scale(d[1], T_diagonal.z, T_diagonal.w);
     mma<Elem>(d[0], x, T[0], T[1]);
@@ -213,7 +204,7 @@ class Chain {
       scale(S[n], decay.x, decay.y);
       scale(S[n + 1], decay.z, decay.w);
     }
-    to_operand(u, d[0], d[1]);
+    to_operand<Elem>(u, d[0], d[1]);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) fence(S[n]);
     cute::warpgroup_arrive();

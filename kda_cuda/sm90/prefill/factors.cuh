@@ -20,10 +20,6 @@ namespace flashkda::cuda::sm90::prefill {
 
 using Bf16 = ElementTraits<__nv_bfloat16>;
 
-// k exp(-G) holds while exp(-G_C) and k exp(-G_C) stay in bf16's range. Just under exp(-80), which
-// gates with a lower bound of -5 never pass.
-inline constexpr float kSmallestDecay = 1.7e-35f;
-
 template <class Cfg>
 class FactorWarp {
   static constexpr int kSpan = 4;  // tokens of a lane
@@ -191,7 +187,7 @@ class FactorWarp {
       before[c] = (span & 1 ? neighbour : 1.f) * (span & 2 ? others : 1.f);
       after[c] = (span & 1 ? 1.f : neighbour) * (span & 2 ? 1.f : others);
       decay[c] = pair * others;
-      steep |= decay[c] < kSmallestDecay;
+      steep |= decay[c] < kSmallestBf16Decay;
     }
     ptx::mbarrier_wait_at(at(&s_.empty[own.at]), own.parity ^ 1);
     if (lane_ < 8) {

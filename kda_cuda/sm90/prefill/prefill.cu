@@ -1,5 +1,4 @@
-#include <atomic>
-
+#include "../../common/smem.h"
 #include "kernel.cuh"
 #include "maps.h"
 #include "prefill.h"
@@ -11,14 +10,8 @@ template <class Cfg>
 cudaError_t launch_instance(const Problem& p, const Maps& maps, const Target& target,
                             cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<Cfg>);
-  // Once a device: asking the driver costs more than the rest of a launch's preparation.
-  static std::atomic<bool> configured[kMaxDevices];
-  if (!configured[target.device].load(std::memory_order_acquire)) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        prefill_kernel<Cfg>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    if (error != cudaSuccess) return error;
-    configured[target.device].store(true, std::memory_order_release);
-  }
+  const cudaError_t error = allow_smem<prefill_kernel<Cfg>>(kBytes, target.device);
+  if (error != cudaSuccess) return error;
   const int64_t blocks = p.N * p.HV * (p.V / Cfg::VS);
   prefill_kernel<Cfg><<<static_cast<unsigned>(blocks), Cfg::kThreads, kBytes, stream>>>(p, maps);
   return cudaGetLastError();
