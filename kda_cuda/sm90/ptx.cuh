@@ -95,13 +95,13 @@ __device__ __forceinline__ void stmatrix_trans_at(uint32_t row, uint32_t r0, uin
       : "memory");
 }
 
-// A box of a tensor of four dimensions, streamed: it will not be read again.
+// A box of a tensor of five dimensions, streamed: it will not be read again.
 __device__ __forceinline__ void copy_box(const void* map, uint32_t to, uint32_t barrier, int x0,
-                                         int x1, int x2, int x3) {
+                                         int x1, int x2, int x3, int x4) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3),
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4),
       "l"(static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
       : "memory");
 }

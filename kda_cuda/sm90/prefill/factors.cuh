@@ -1,11 +1,15 @@
 // The factor warps: a warpgroup of them turns a chunk's k, q and g into the factors that multiply
-// the state. With e_t = exp(g_t),
+// the state. With m the middle of the chunk,
 //
-//   k_bar_t   = k_t e_1 .. e_t          q_bar_t = q_t e_1 .. e_t        decay = e_1 .. e_C
-//   k_tilde_t = k_t e_{t+1} .. e_C      k_hat_t = k_tilde_t / decay
+//   left = (k, q) exp(G - G_m)    right = k exp(G_m - G)    a = exp(G_m)    b = exp(G_C - G_m)
 //
-// are products of numbers <= 1, but for k_hat, which is only read where it stays in bf16's range. A
-// warp owns 32 channels and a lane four of them, over four neighbouring tokens (a span), so that
+// With the products P_t of a part's e_s = exp(g_s) up to t and Q_t of those after t, left is P / a
+// and right Q in the early part, left P and right Q / b in the late one. Where a channel's a or b
+// is smaller than bf16's range allows, that bound takes its place: what is multiplied by it is
+// nothing. Only products of tokens of one part with each other then need other factors, and get
+// them in the place of the part's q, k and g (Decay in shared.cuh).
+//
+// A warp owns 32 channels and a lane four of them, over four neighbouring tokens (a span), so that
 // the running products need two exchanges between lanes. The code is kept small on purpose: what
 // does not fit the instruction cache is paid for by all roles.
 #pragma once
@@ -14,6 +18,7 @@
 #include "../../common/element.cuh"
 #include "../ptx.cuh"
 #include "shared.cuh"
+#include "splits.cuh"
 #include "tile.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
@@ -25,220 +30,352 @@ class FactorWarp {
   static constexpr int kSpan = 4;  // tokens of a lane
   static constexpr int kOwn = 4;   // channels of a lane
 
+  using Decays = float[kSpan][kOwn];
+  using Bits = uint2[kSpan];  // of four 16-bit elements a token
+
  public:
-  __device__ FactorWarp(const Problem& p, const Work& w, Shared<Cfg>& s, uint32_t base, int warp,
-                        int lane)
+  __device__ FactorWarp(const Problem& p, const Work& w, Shared<Cfg>& s, int warp, int lane)
       : p_(p),
         s_(s),
-        base_(base),
         rank_(w.v0 / Cfg::VS),
         group_(warp / 4),
         warp_(warp % 4),
         lane_(lane),
         tokens_(static_cast<int>(w.tokens)),
-        chunks_(w.chunks),
-        first_(rank_ + group_ * Cfg::kCluster) {
+        chunks_(chunks_of(w)) {
     params_ = load_decay_params(p, w.hv);
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
-      shift_[c] = load_shift(p, params_, w.hv, warp_ * 32 + lane % 8 * kOwn + c);
+      shift_[c] = load_shift(p, params_, w.hv, warp_ * kQuarter + lane % 8 * kOwn + c);
     }
   }
 
   __device__ void run() {
-    Cursor<kRaw> raw(group_);
-    Cursor<Cfg::kOwn> own(group_);
-#pragma unroll 1
-    for (int c = first_; c < chunks_; c += Cfg::kFactorGroups * Cfg::kCluster) {
-      // Addresses are cheaper to find again for every chunk than to keep.
-      lane_ = ptx::opaque_lane(lane_);
-      make(tokens_ - c * kChunk, raw, own);
-      raw.advance(Cfg::kFactorGroups);
-      own.advance(Cfg::kFactorGroups);
+    if (p_.g.dtype == DType::kF32) {
+      run_with<float>();
+    } else {
+      run_with<__nv_bfloat16>();
     }
   }
 
  private:
-  __device__ __forceinline__ uint32_t at(const void* part) const {
-    return address_of(s_, base_, part);
+  static __device__ __forceinline__ uint32_t at(const void* part) {
+    return ptx::smem_address(part);
   }
 
-  // Four 16-bit elements from one place of a tile.
   template <class G>
+  __device__ __forceinline__ void run_with() {
+    switch (p_.gate) {
+      case Gate::kBounded:
+        return walk<Gate::kBounded, G>();
+      case Gate::kSoftplus:
+        return walk<Gate::kSoftplus, G>();
+      default:
+        return walk<Gate::kGiven, G>();
+    }
+  }
+
+  // G: the gate's type.
+  template <Gate kGate, class G>
+  __device__ __forceinline__ void walk() {
+    Cursor<kRaw> raw(2 * group_);
+    Cursor<Cfg::kOwn> own(group_);
+#pragma unroll 1
+    for (int c = rank_ + group_ * Cfg::kCluster; c < chunks_;
+         c += Cfg::kFactorGroups * Cfg::kCluster) {
+      // Addresses are cheaper to find again for every chunk than to keep.
+      lane_ = ptx::opaque_lane(lane_);
+      int splits = 0;  // by parts
+#pragma unroll 1
+      for (int part = 0; part < 2; ++part) {
+        const int decay = make<kGate, G>(part, tokens_ - c * kChunk - part * kPart, raw, own);
+        splits |= (decay == kSplits) << part;
+      }
+      ptx::fence_async_proxy();
+      ptx::mbarrier_arrive_at(at(&s_.factors_full[own.at]));
+#pragma unroll 1
+      for (int part = 0; splits != 0 && part < 2; ++part) {
+        if (splits >> part & 1) {
+          split<kGate, G>(part, tokens_ - c * kChunk - part * kPart, raw.at + part, raw.parity);
+        }
+      }
+      raw.advance(2 * Cfg::kFactorGroups);
+      own.advance(Cfg::kFactorGroups);
+    }
+  }
+
+  // Where the lane's tokens lie, in tiles and in fp32 quarters of 128-byte rows. Four rows on, the
+  // swizzle differs in its third bit: neighbouring spans meet in no bank.
+  struct Place {
+    int corner, piece, quarter_piece;
+
+    __device__ __forceinline__ Place(int lane, int warp) {
+      const int span = lane / 8;
+      corner = span * kSpan * kRowBytes;
+      piece = ((warp % 2 * 4 + lane % 8 / 2) ^ (span % 2 * 4)) * kPiece + lane % 2 * 8;
+      quarter_piece = (lane % 8 ^ (span % 2 * 4)) * kPiece;
+    }
+    __device__ __forceinline__ int operator()(int i) const {
+      return corner + i * kRowBytes + (piece ^ i * kPiece);
+    }
+    __device__ __forceinline__ int wide(int i) const {
+      return corner + i * kRowBytes + (quarter_piece ^ i * kPiece);
+    }
+  };
+
+  // Four elements from one place of a tile.
   static __device__ __forceinline__ void unpack(float (&x)[kOwn], uint2 bits) {
-    const float2 low = ElementTraits<G>::unpack(bits.x), high = ElementTraits<G>::unpack(bits.y);
+    const float2 low = Bf16::unpack(bits.x), high = Bf16::unpack(bits.y);
     x[0] = low.x;
     x[1] = low.y;
     x[2] = high.x;
     x[3] = high.y;
   }
 
-  // Stores and returns x times factor.
-  static __device__ __forceinline__ uint2 store(char* place, const float (&x)[kOwn],
-                                                const float (&factor)[kOwn]) {
-    const uint2 y = make_uint2(Bf16::pack(x[0] * factor[0], x[1] * factor[1]),
-                               Bf16::pack(x[2] * factor[2], x[3] * factor[3]));
-    *reinterpret_cast<uint2*>(place) = y;
-    return y;
+  static __device__ __forceinline__ void store(char* place, const float (&x)[kOwn],
+                                               const float (&factor)[kOwn]) {
+    *reinterpret_cast<uint2*>(place) = make_uint2(Bf16::pack(x[0] * factor[0], x[1] * factor[1]),
+                                                  Bf16::pack(x[2] * factor[2], x[3] * factor[3]));
   }
 
-  static __device__ __forceinline__ __nv_bfloat162 larger(__nv_bfloat162 x, uint32_t y) {
-    return __hmax2(x, __habs2(reinterpret_cast<__nv_bfloat162&>(y)));
-  }
-
-  template <Gate kGate>
-  __device__ __forceinline__ void activate(float (&e)[kSpan][kOwn]) const {
+  // k, q and exp(g) of the lane's tokens; 0, 0 and 1 from token `left` of the part on.
+  template <Gate kGate, class G>
+  __device__ __forceinline__ void load(Bits& k, Bits& q, Decays& e, const Raw& raw, int left,
+                                       const Place& place) const {
+    const int half = warp_ / 2;
+    if constexpr (sizeof(G) == 4) {
+      const char* quarter = raw.g + warp_ * sizeof(raw.k[0]);
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) {
+        const float4 y = *reinterpret_cast<const float4*>(quarter + place.wide(i));
+        e[i][0] = y.x;
+        e[i][1] = y.y;
+        e[i][2] = y.z;
+        e[i][3] = y.w;
+      }
+    } else {
+      const char* g = raw.g + half * sizeof(raw.k[0]);
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) unpack(e[i], *reinterpret_cast<const uint2*>(g + place(i)));
+    }
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      k[i] = *reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(raw.k[half]) + place(i));
+      q[i] = *reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(raw.q[half]) + place(i));
+    }
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) {
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) e[i][c] = decay_of<kGate>(e[i][c], params_, shift_[c]);
     }
-  }
-
-  // The gate's input of the lane's tokens. place: of the lane's channels in row i of a half.
-  template <class Place>
-  __device__ __forceinline__ void load_gate(float (&x)[kSpan][kOwn], const char* g,
-                                            const Place& place) const {
-    if (p_.g.dtype == DType::kF32) {
-      const float4* row = reinterpret_cast<const float4*>(g) +
-                          (lane_ / 8 * kSpan * kChannels + warp_ * 32 + lane_ % 8 * kOwn) / kOwn;
-#pragma unroll
-      for (int i = 0; i < kSpan; ++i) {
-        const float4 y = row[i * kChannels / kOwn];
-        x[i][0] = y.x;
-        x[i][1] = y.y;
-        x[i][2] = y.z;
-        x[i][3] = y.w;
-      }
-    } else {
-      const char* half = g + warp_ / 2 * sizeof(Raw::k[0]);
-      uint2 bits[kSpan];
-#pragma unroll
-      for (int i = 0; i < kSpan; ++i) bits[i] = *reinterpret_cast<const uint2*>(half + place(i));
-      if (p_.g.dtype == DType::kBF16) {
-#pragma unroll
-        for (int i = 0; i < kSpan; ++i) unpack<__nv_bfloat16>(x[i], bits[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kSpan; ++i) unpack<__half>(x[i], bits[i]);
-      }
-    }
-  }
-
-  // From the gate's input to exp(g).
-  __device__ __forceinline__ void activate_all(float (&e)[kSpan][kOwn]) const {
-    switch (p_.gate) {
-      case Gate::kBounded:
-        activate<Gate::kBounded>(e);
-        break;
-      case Gate::kSoftplus:
-        activate<Gate::kSoftplus>(e);
-        break;
-      default:
-        activate<Gate::kGiven>(e);
-    }
-  }
-
-  __device__ __forceinline__ void make(int left, const Cursor<kRaw>& raw_at,
-                                       const Cursor<Cfg::kOwn>& own) const {
-    const Raw& raw = s_.raw[raw_at.at];
-    Slot& to = s_.slots[own.at * Cfg::kCluster + rank_];
-    const int span = lane_ / 8, half = warp_ / 2;
-    // Four rows on, the swizzle differs in its third bit: neighbouring spans meet in no bank.
-    const int piece = (warp_ % 2 * 4 + lane_ % 8 / 2) ^ (span % 2 * 4);
-    const int corner = span * kSpan * kRowBytes + lane_ % 2 * 8;
-    const auto place = [&](int i) { return corner + i * kRowBytes + (piece ^ i) * kPiece; };
-
-    ptx::mbarrier_wait_at(at(&s_.raw_full[raw_at.at]), raw_at.parity);
-    const char* k_half = reinterpret_cast<const char*>(raw.k[half]);
-    const char* q_half = reinterpret_cast<const char*>(raw.q[half]);
-    uint2 k[kSpan], q[kSpan];
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      k[i] = *reinterpret_cast<const uint2*>(k_half + place(i));
-      q[i] = *reinterpret_cast<const uint2*>(q_half + place(i));
-    }
-    float e[kSpan][kOwn];
-    load_gate(e, raw.g, place);
-    ptx::mbarrier_arrive_at(at(&s_.raw_empty[raw_at.at]));
-    activate_all(e);
-    if (left < kChunk) {
+    if (left < kPart) {
 #pragma unroll 1
-      for (int t = left; t < kChunk; ++t) {
+      for (int t = max(left, 0); t < kPart; ++t) {  // rolled, lest it be done always
 #pragma unroll
         for (int i = 0; i < kSpan; ++i) {
-          if (span * kSpan + i != t) continue;
+          if (lane_ / 8 * kSpan + i != t) continue;
           k[i] = q[i] = make_uint2(0, 0);
 #pragma unroll
           for (int c = 0; c < kOwn; ++c) e[i][c] = 1.f;
         }
       }
     }
+  }
 
-    // Products of the decays before the lane's span, after it, and of the whole chunk.
-    float before[kOwn], after[kOwn], decay[kOwn];
-    bool steep = false;
-#pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
-      const float own = (e[0][c] * e[1][c]) * (e[2][c] * e[3][c]);
-      const float neighbour = __shfl_xor_sync(~0u, own, 8);
-      const float pair = own * neighbour;
-      const float others = __shfl_xor_sync(~0u, pair, 16);
-      before[c] = (span & 1 ? neighbour : 1.f) * (span & 2 ? others : 1.f);
-      after[c] = (span & 1 ? 1.f : neighbour) * (span & 2 ? 1.f : others);
-      decay[c] = pair * others;
-      steep |= decay[c] < kSmallestBf16Decay;
-    }
-    ptx::mbarrier_wait_at(at(&s_.empty[own.at]), own.parity ^ 1);
-    if (lane_ < 8) {
-      float* place = to.decay + decay_place(warp_ * 32 + lane_ * kOwn);
-      constexpr int kNext = decay_place(2) - decay_place(0);
-      *reinterpret_cast<float2*>(place) = make_float2(decay[0], decay[1]);
-      *reinterpret_cast<float2*>(place + kNext) = make_float2(decay[2], decay[3]);
-    }
-    char* k_tilde = reinterpret_cast<char*>(to.k_tilde[half]);
-    char* k_hat = reinterpret_cast<char*>(s_.hats[own.at].k_hat[half]);
-    __nv_bfloat162 largest = __float2bfloat162_rn(0.f);
-    float inverse[kOwn];
-#pragma unroll
-    for (int c = 0; c < kOwn; ++c) inverse[c] = ptx::rcp(decay[c]);
+  // Where factors go. right_flip: what the right ones' places differ in from the left ones'.
+  struct Tiles {
+    char *left_k, *left_q, *right;
+    int right_flip;
+  };
+
+  // Writes products of decays with k and q, from those before the lane's span and after it on.
+  static __device__ __forceinline__ void write(const Tiles& to, const Bits& k, const Bits& q,
+                                               const Decays& e, float (&before)[kOwn],
+                                               float (&after)[kOwn], const Place& place) {
+    Decays later;
 #pragma unroll
     for (int i = kSpan - 1; i >= 0; --i) {
-      float x[kOwn];
-      unpack<__nv_bfloat16>(x, k[i]);
-      store(k_tilde + place(i), x, after);
 #pragma unroll
-      for (int c = 0; c < kOwn; ++c) x[c] *= after[c];
-      const uint2 hat = store(k_hat + place(i), x, inverse);
-      largest = larger(larger(largest, hat.x), hat.y);
-#pragma unroll
-      for (int c = 0; c < kOwn; ++c) after[c] *= e[i][c];
+      for (int c = 0; c < kOwn; ++c) {
+        later[i][c] = after[c];
+        after[c] *= e[i][c];
+      }
     }
-    // A k of great norm may leave the range with less decay.
-    steep |= isinf(__low2float(largest)) || isinf(__high2float(largest));
-    steep = __any_sync(~0u, steep);
-    if (lane_ == 0) s_.steep[own.at][warp_] = steep;
-    char* bars = reinterpret_cast<char*>(to.bars[half]);
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) {
       float x[kOwn];
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) before[c] *= e[i][c];
-      unpack<__nv_bfloat16>(x, k[i]);
-      store(bars + place(i), x, before);
-      unpack<__nv_bfloat16>(x, q[i]);
-      store(bars + place(i) + kChunk * kRowBytes, x, before);
+      unpack(x, k[i]);
+      store(to.left_k + place(i), x, before);
+      store(to.right + (place(i) ^ to.right_flip), x, later[i]);
+      unpack(x, q[i]);
+      store(to.left_q + place(i), x, before);
+    }
+  }
+
+  // The smallest a or b that leaves k and q over it in range.
+  static __device__ __forceinline__ float smallest_decay(const Bits& k, const Bits& q) {
+    __nv_bfloat162 largest = __float2bfloat162_rn(0.f);
+    const auto meet = [&](uint32_t x) {
+      largest = __hmax2(largest, __habs2(reinterpret_cast<__nv_bfloat162&>(x)));
+    };
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      meet(k[i].x);
+      meet(k[i].y);
+      meet(q[i].x);
+      meet(q[i].y);
+    }
+    const float own = fmaxf(__low2float(largest), __high2float(largest));
+    // Of numbers >= 0, the bits are in order too.
+    const float all = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(own)));
+    return fmaxf(all * 0x1p-126f, kSmallestBf16Decay);
+  }
+
+  static __device__ __forceinline__ bool any_below(const float (&x)[kOwn], float bound) {
+    return __any_sync(~0u, fminf(fminf(x[0], x[1]), fminf(x[2], x[3])) < bound);
+  }
+
+  // A part of a chunk. raw_at: of the chunk's early part.
+  template <Gate kGate, class G>
+  __device__ __forceinline__ int make(int part, int left, const Cursor<kRaw>& raw_at,
+                                      const Cursor<Cfg::kOwn>& own) const {
+    const int turn = raw_at.at + part;
+    Raw& raw = s_.raw[turn];
+    Slot& slot = s_.slots[own.at * Cfg::kCluster + rank_];
+    const Place place(lane_, warp_);
+    const int span = lane_ / 8, half = warp_ / 2;
+
+    ptx::mbarrier_wait_at(at(&s_.raw_full[turn]), raw_at.parity);
+    Bits k, q;
+    Decays e;
+    load<kGate, G>(k, q, e, raw, left, place);
+
+    // Products of the decays over eight tokens and over the part, before the lane's span and after.
+    float pair[kOwn], total[kOwn], before[kOwn], after[kOwn], beside[kOwn];
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) {
+      const float own = (e[0][c] * e[1][c]) * (e[2][c] * e[3][c]);
+      beside[c] = __shfl_xor_sync(~0u, own, 8);
+      pair[c] = own * beside[c];
+      const float others = __shfl_xor_sync(~0u, pair[c], 16);
+      total[c] = pair[c] * others;
+      before[c] = (span & 1 ? beside[c] : 1.f) * (span & 2 ? others : 1.f);
+      after[c] = (span & 1 ? 1.f : beside[c]) * (span & 2 ? 1.f : others);
+    }
+    int decay = kUsual;
+    // Above this, k and q may be as large as 3e5.
+    if (any_below(total, 1e-33f)) {
+      const float bound = smallest_decay(k, q);
+      if (any_below(total, bound)) decay = any_below(pair, bound) ? kSplits : kSteep;
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) total[c] = fmaxf(total[c], bound);
+    }
+    if (decay != kSplits) ptx::mbarrier_arrive_at(at(&s_.raw_empty[turn]));
+    ptx::mbarrier_wait_at(at(&s_.empty[own.at]), own.parity ^ 1);
+    if (lane_ == 0) s_.decay[own.at][part][warp_] = decay;
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) {
+      const float inverse = ptx::rcp(total[c]);
+      before[c] *= part == 0 ? inverse : 1.f;
+      after[c] *= part == 0 ? 1.f : inverse;
+    }
+    if (lane_ < 8) {
+      float* to =
+          (part == 0 ? slot.enter : slot.leave) + decay_place(warp_ * kQuarter + lane_ * kOwn);
+      constexpr int kNext = decay_place(2) - decay_place(0);
+      *reinterpret_cast<float2*>(to) = make_float2(total[0], total[1]);
+      *reinterpret_cast<float2*>(to + kNext) = make_float2(total[2], total[3]);
+    }
+    write(Tiles{reinterpret_cast<char*>(slot.left[half][part * kPart]),
+                reinterpret_cast<char*>(slot.left[half][kChunk + part * kPart]),
+                reinterpret_cast<char*>(slot.right[half][part * kPart]), 0},
+          k, q, e, before, after, place);
+    if (decay == kSteep) {
+      // The same about the middle of the part.
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) {
+        const float inverse = ptx::rcp(pair[c]);
+        before[c] = (span & 1 ? beside[c] : 1.f) * (span & 2 ? 1.f : inverse);
+        after[c] = (span & 1 ? 1.f : beside[c]) * (span & 2 ? inverse : 1.f);
+      }
+      ptx::mbarrier_wait_at(at(&s_.norms[turn]), raw_at.parity);
+      __syncwarp();
+      const SteepRight right = steep_right(p_.g.dtype, warp_);
+      write(Tiles{reinterpret_cast<char*>(raw.k[half]), reinterpret_cast<char*>(raw.q[half]),
+                  raw.g + right.offset, (right.piece ^ warp_ % 2 * 4) * kPiece},
+            k, q, e, before, after, place);
+    }
+    return decay;
+  }
+
+  // Meets the square warp at every level of splits.
+  template <Gate kGate, class G>
+  __device__ __forceinline__ void split(int part, int left, int turn, uint32_t parity) const {
+    Raw& raw = s_.raw[turn];
+    const Place place(lane_, warp_);
+    const int span = lane_ / 8, half = warp_ / 2;
+    Bits k, q;
+    Decays e;
+    load<kGate, G>(k, q, e, raw, left, place);
+    float beside[kOwn];
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) {
+      beside[c] = __shfl_xor_sync(~0u, (e[0][c] * e[1][c]) * (e[2][c] * e[3][c]), 8);
+    }
+    const int barrier = split_barrier(part, group_, warp_);
+    ptx::mbarrier_wait_at(at(&s_.norms[turn]), parity);
+    __syncwarp();
+#pragma unroll 1
+    for (int level = kPart / 2; level > 0; level /= 2) {
+      // The products of decays between the level's middle and the lane's tokens, where all of the
+      // span is on one side of it, or two tokens, or one.
+      Decays f;
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) {
+        const float between = level == 8 ? beside[c] : 1.f;
+        if (level == 1) {
+          f[0][c] = f[2][c] = 1.f;
+          f[1][c] = e[1][c];
+          f[3][c] = e[3][c];
+        } else if (level == 2) {
+          f[0][c] = e[1][c];
+          f[1][c] = 1.f;
+          f[2][c] = e[2][c];
+          f[3][c] = e[2][c] * e[3][c];
+        } else if (kSpan * span & level) {
+          f[0][c] = (span & 1 ? between : 1.f) * e[0][c];
+          f[1][c] = f[0][c] * e[1][c];
+          f[2][c] = f[1][c] * e[2][c];
+          f[3][c] = f[2][c] * e[3][c];
+        } else {
+          f[3][c] = span & 1 ? 1.f : between;
+          f[2][c] = f[3][c] * e[3][c];
+          f[1][c] = f[2][c] * e[2][c];
+          f[0][c] = f[1][c] * e[1][c];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) {
+        float x[kOwn];
+        unpack(x, k[i]);
+        store(reinterpret_cast<char*>(raw.k[half]) + place(i), x, f[i]);
+        unpack(x, q[i]);
+        store(reinterpret_cast<char*>(raw.q[half]) + place(i), x, f[i]);
+      }
+      ptx::barrier_sync(barrier, kSplitThreads);
+      ptx::barrier_sync(barrier, kSplitThreads);
     }
     ptx::fence_async_proxy();
-    ptx::mbarrier_arrive_at(at(&s_.factors_full[own.at]));
+    ptx::mbarrier_arrive_at(at(&s_.raw_empty[turn]));
   }
 
   const Problem& p_;
   Shared<Cfg>& s_;
-  uint32_t base_;
   int rank_;  // of the block in its cluster
   int group_, warp_, lane_;
-  int tokens_, chunks_, first_;
+  int tokens_, chunks_;
   DecayParams params_;
   float shift_[kOwn];
 };

@@ -41,9 +41,10 @@ Encode find_encode() {
              : nullptr;
 }
 
-// Boxes of 16 tokens of one head, `columns` wide.
+// Boxes of a part of a chunk of one head. Channels are two dimensions, so that a box's columns of
+// 128 bytes follow each other in shared memory, `columns` of them.
 cudaError_t encode(Encode function, CUtensorMap* map, const TokenTensor& x, const Problem& p,
-                   int heads, int columns, CUtensorMapSwizzle swizzle) {
+                   int heads, int columns) {
   const int bytes = bytes_of(x.dtype);
   const CUtensorMapDataType type = x.dtype == DType::kF32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : x.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
@@ -51,15 +52,19 @@ cudaError_t encode(Encode function, CUtensorMap* map, const TokenTensor& x, cons
   const auto stride = [&](int64_t elements, int64_t extent) {
     return static_cast<cuuint64_t>(extent == 1 ? kAlignment : elements * bytes);
   };
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(kChannels), static_cast<cuuint64_t>(heads),
-                               static_cast<cuuint64_t>(p.T), static_cast<cuuint64_t>(p.B)};
-  const cuuint64_t strides[3] = {stride(x.stride_h, heads), stride(x.stride_t, p.T),
+  const int width = kRowBytes / bytes;
+  const cuuint64_t sizes[5] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(p.T),
+                               static_cast<cuuint64_t>(kChannels / width),
+                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(p.B)};
+  const cuuint64_t strides[4] = {stride(x.stride_t, p.T), kRowBytes, stride(x.stride_h, heads),
                                  stride(x.stride_b, p.B)};
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(columns), 1, kChunk, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const cuuint32_t box[5] = {static_cast<cuuint32_t>(width), kPart,
+                             static_cast<cuuint32_t>(columns), 1, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const CUresult result =
-      function(map, type, 4, x.ptr, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      function(map, type, 5, x.ptr, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -72,18 +77,13 @@ bool maps_fit(const Problem& p) {
 
 bool stores_fit(const Problem& p) { return fits(p.o, p, p.HV); }
 
-cudaError_t make_maps(const Problem& p, Maps* maps) {
+cudaError_t make_maps(const Problem& p, int value_columns, Maps* maps) {
   static const Encode function = find_encode();
   if (function == nullptr) return cudaErrorSymbolNotFound;
-  constexpr CUtensorMapSwizzle kSwizzled = CU_TENSOR_MAP_SWIZZLE_128B;
-  cudaError_t error = encode(function, &maps->q, p.q, p, p.H, kHalf, kSwizzled);
-  if (error == cudaSuccess) error = encode(function, &maps->k, p.k, p, p.H, kHalf, kSwizzled);
-  if (error == cudaSuccess) error = encode(function, &maps->v, p.v, p, p.HV, kHalf, kSwizzled);
-  if (error == cudaSuccess) {
-    error = p.g.dtype == DType::kF32
-                ? encode(function, &maps->g, p.g, p, p.HV, kChannels, CU_TENSOR_MAP_SWIZZLE_NONE)
-                : encode(function, &maps->g, p.g, p, p.HV, kHalf, kSwizzled);
-  }
+  cudaError_t error = encode(function, &maps->q, p.q, p, p.H, 2);
+  if (error == cudaSuccess) error = encode(function, &maps->k, p.k, p, p.H, 2);
+  if (error == cudaSuccess) error = encode(function, &maps->v, p.v, p, p.HV, value_columns / kHalf);
+  if (error == cudaSuccess) error = encode(function, &maps->g, p.g, p, p.HV, bytes_of(p.g.dtype));
   return error;
 }
 

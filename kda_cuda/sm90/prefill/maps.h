@@ -14,6 +14,7 @@ struct Maps {
 
 bool maps_fit(const Problem& p);
 bool stores_fit(const Problem& p);
-cudaError_t make_maps(const Problem& p, Maps* maps);
+// value_columns: of a block.
+cudaError_t make_maps(const Problem& p, int value_columns, Maps* maps);
 
 }  // namespace flashkda::cuda::sm90::prefill

@@ -12,39 +12,46 @@
 
 namespace flashkda::cuda::sm90::prefill {
 
-static_assert(kChunk == kWorkChunk && kChunk == kTriangle);
+static_assert(kPart == kTriangle);
 
-// What chunks arrive as.
+// What parts of chunks arrive as. Where the decay is steep, the factor warps write other factors
+// over it (factors.cuh).
 struct alignas(1024) Raw {
-  __nv_bfloat16 k[2][kChunk][kHalf];
-  __nv_bfloat16 q[2][kChunk][kHalf];
-  char g[4 * kChunk * kChannels];  // fp32 in rows of 128 channels; 16-bit types like k
+  __nv_bfloat16 k[2][kPart][kHalf];
+  __nv_bfloat16 q[2][kPart][kHalf];
+  char g[4 * kPart * kChannels];  // fp32 in quarters of 32 channels; 16-bit types like k
 };
+
+inline constexpr int kQuarter = kChannels / 4;  // the channels of a factor warp
 
 inline constexpr int kDecayStride = kChannels / 4 + 4;  // four lanes read 16 bytes each at once
 
-// A chunk as the chain reads it: what the factor warps make, and what the square warps do.
+// What the square warps make of a part.
+struct Squares {
+  __nv_bfloat16 T[kPart * kPart];  // diag(rk) (I + A)^-1 diag(beta) but for its diagonal
+  __nv_bfloat16 M[kPart * kPart];  // q k^T with decay, strictly lower, before rq and rk
+  // Of the late part's tokens with the early part's: of the early part, q k^T; of the late, k k^T.
+  __nv_bfloat16 cross[kPart * kPart];
+  float rk[kPart];          // 1 / |k|, or 1; this and the next by token_place
+  float rq[kPart];          // scale / |q|, or scale
+  float T_diagonal[kPart];  // rk beta
+  float M_diagonal[kPart];  // q k
+};
+
+// A chunk as the chain reads it. The factors are about the chunk's middle m: 0 <= G_m - G_t after
+// it, and the other way around before it.
 struct alignas(1024) Slot {
-  __nv_bfloat16 bars[2][2 * kChunk][kHalf];  // k exp(G), and below it q exp(G)
-  __nv_bfloat16 k_tilde[2][kChunk][kHalf];   // k exp(G_C - G)
-  float decay[kDecayStride * 4];             // exp(G_C), by decay_place
-
-  __nv_bfloat16 T[kChunk * kChunk];  // diag(rk) (I + A)^-1 diag(beta) but for its diagonal
-  __nv_bfloat16 M[kChunk * kChunk];  // q k^T with decay, strictly lower, before rq and rk
-  float rk[kChunk];                  // 1 / |k|, or 1; this and the next by token_place
-  float rq[kChunk];                  // scale / |q|, or scale
-  float T_diagonal[kChunk];          // rk beta
-  float M_diagonal[kChunk];          // q k
-};
-inline constexpr int kSlotBytes = offsetof(Slot, M_diagonal) + sizeof(Slot::M_diagonal);
-
-// What the square warps need of the factor warps besides.
-struct alignas(1024) Hat {
-  __nv_bfloat16 k_hat[2][kChunk][kHalf];  // k exp(-G), unless the chunk is steep
+  __nv_bfloat16 left[2][2 * kChunk][kHalf];  // k exp(G - G_m), and below it q exp(G - G_m)
+  __nv_bfloat16 right[2][kChunk][kHalf];     // k exp(G_m - G)
+  float enter[kDecayStride * 4];  // the decay from the chunk's start to its middle, by decay_place
+  float leave[kDecayStride * 4];  // from the middle to the chunk's end
+  Squares squares[2];
 };
 
+// A part's v, of each chain warpgroup.
+template <class Cfg>
 struct alignas(1024) Values {
-  __nv_bfloat16 v[kChunk][kHalf];
+  __nv_bfloat16 v[Cfg::kChainGroups][kPart][kHalf];
 };
 
 // A lane of the chain has channels 8 n + 2 (lane % 4) + {0, 1}, all n, and tokens 8 h + 2 (lane %
@@ -58,34 +65,37 @@ __host__ __device__ constexpr int token_place(int token) {
 
 // A square warp's own.
 struct alignas(16) Scratch {
-  float A[kChunk * kTriangleStride];  // strictly lower, by columns
-  float beta[kChunk], rk[kChunk];
+  float A[kPart * kTriangleStride];  // strictly lower, by columns
+  float beta[kPart], rk[kPart];
+};
+
+// How the square warps get at the products of a part's tokens with each other.
+enum Decay : int {
+  kUsual,   // from the slot's factors
+  kSteep,   // from factors about the part's own middle, which replace q, k and g
+  kSplits,  // from factors about the middles of ever smaller blocks, one after another
 };
 
 template <class Cfg>
 struct Shared {
   Slot slots[Cfg::kSlots];
-  Hat hats[Cfg::kOwn];
   Raw raw[kRaw];
-  Values values[Cfg::kSlots][Cfg::kChainGroups];
+  Values<Cfg> values[Cfg::kSlots][2];
   Scratch scratch[kSquareWarps];
-  __nv_bfloat16 o[4 * Cfg::kChainGroups][kChunk * kChunk];  // a chain warp's, on its way out
-  alignas(
-      16) int steep[Cfg::kOwn][4];  // whether a channel of this quarter decays too far for k_hat
+  __nv_bfloat16 o[4 * Cfg::kChainGroups][2][kPart * kPart];  // a chain warp's, on its way out
+  alignas(16) int decay[Cfg::kOwn][2][4];                    // a Decay for each quarter of a part
   uint64_t raw_full[kRaw], raw_empty[kRaw];
+  uint64_t norms[kRaw];  // the square warp has read the part's q and k
   uint64_t factors_full[Cfg::kOwn];
   uint64_t full[Cfg::kSlots];
   uint64_t empty[Cfg::kOwn];  // all the cluster's chains have read the slot
   uint64_t values_full[Cfg::kSlots], values_empty[Cfg::kSlots];
+  Work work;     // kept here, because registers are scarce
   int sequence;  // what sequence_of_rank found
 };
 
-// The address of a part of the block's shared memory, from that of the whole.
-template <class Cfg>
-__device__ __forceinline__ uint32_t address_of(const Shared<Cfg>& s, uint32_t base,
-                                               const void* part) {
-  return base +
-         static_cast<uint32_t>(static_cast<const char*>(part) - reinterpret_cast<const char*>(&s));
+__device__ __forceinline__ int chunks_of(const Work& w) {
+  return static_cast<int>((w.tokens + kChunk - 1) / kChunk);
 }
 
 // A place in a ring of N and the parity of its current use.

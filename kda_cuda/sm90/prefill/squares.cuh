@@ -11,6 +11,7 @@
 #include "../ptx.cuh"
 #include "loader.cuh"
 #include "shared.cuh"
+#include "splits.cuh"
 #include "tile.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
@@ -25,68 +26,75 @@ class SquareWarp {
   using Square = float[2][4];
 
  public:
-  __device__ SquareWarp(const Problem& p, const Maps& maps, const Work& w, Shared<Cfg>& s,
-                        uint32_t base, int warp, int lane)
+  __device__ SquareWarp(const Problem& p, const Maps& maps, const Work& w, Shared<Cfg>& s, int warp,
+                        int lane)
       : p_(p),
         w_(w),
         s_(s),
-        loader_(p, maps, w, s, base),
-        base_(base),
+        loader_(p, maps, w, s),
         warp_(warp),
         lane_(lane),
         rank_(w.v0 / Cfg::VS),
+        part_(warp % 2),
         tokens_(static_cast<int>(w.tokens)),
-        chunks_(w.chunks),
-        first_beta_(w.row * p.beta.stride_b + w.begin * p.beta.stride_t + w.hv * p.beta.stride_h) {}
+        chunks_(chunks_of(w)) {}
 
   __device__ void run() {
-    for (int turn = warp_; turn < kAhead && chunk_of(turn) < chunks_; turn += kSquareWarps) {
-      loader_.load_raw(chunk_of(turn), turn);
-    }
-    Cursor<Cfg::kOwn> own(warp_);
+    if (warp_ < kAhead && chunk_of(warp_) < chunks_) loader_.load_raw(token_of(warp_), warp_);
+    Cursor<Cfg::kOwn> own(warp_ / 2);
     uint32_t raw_parity = 0;
-    uint32_t next_beta = load_beta(chunk_of(warp_));
+    uint32_t next_beta = load_beta(token_of(warp_));
 #pragma unroll 1
-    for (int turn = warp_; turn * Cfg::kCluster < chunks_; turn += kSquareWarps) {
+    for (int turn = warp_; turn / 2 * Cfg::kCluster < chunks_; turn += kSquareWarps) {
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
+      warp_ = ptx::opaque(warp_);
+      part_ = ptx::opaque(part_);
       if (chunk_of(turn + kAhead) < chunks_) {
-        loader_.load_raw(chunk_of(turn + kAhead), turn + kAhead);
+        loader_.load_raw(token_of(turn + kAhead), turn + kAhead);
       }
-      loader_.load_values(turn, own);
+      loader_.load_values(turn / 2 * Cfg::kCluster, part_, own);
       const uint32_t beta = next_beta;
-      next_beta = load_beta(chunk_of(turn + kSquareWarps));
-      if (chunk_of(turn) < chunks_) make(chunk_of(turn), raw_parity, own, beta);
+      next_beta = load_beta(token_of(turn + kSquareWarps));
+      if (chunk_of(turn) < chunks_) make(tokens_ - token_of(turn), raw_parity, own, beta);
       raw_parity ^= 1;
-      own.advance(kSquareWarps);
+      own.advance(kSquareWarps / 2);
     }
   }
 
  private:
-  __device__ __forceinline__ uint32_t at(const void* part) const {
-    return address_of(s_, base_, part);
+  static __device__ __forceinline__ uint32_t at(const void* part) {
+    return ptx::smem_address(part);
   }
 
-  // The block's own chunks.
-  __device__ __forceinline__ int chunk_of(int turn) const { return turn * Cfg::kCluster + rank_; }
+  // A turn is a part of one of the block's own chunks.
+  __device__ __forceinline__ int chunk_of(int turn) const {
+    return turn / 2 * Cfg::kCluster + rank_;
+  }
+  __device__ __forceinline__ int token_of(int turn) const {
+    return chunk_of(turn) * kChunk + turn % 2 * kPart;
+  }
 
   __device__ __forceinline__ int row(int i) const { return lane_ / 4 + (i / 2) * 8; }
   __device__ __forceinline__ int column(int half, int i) const {
     return half * 8 + (lane_ % 4) * 2 + (i & 1);
   }
 
-  // The bits of token lane's beta. Nothing waits for them before the next chunk.
-  __device__ __forceinline__ uint32_t load_beta(int chunk) const {
-    const int t = chunk * kChunk + lane_;
-    if (lane_ >= kChunk || t >= tokens_) return 0;
-    return load_bits(p_.beta.ptr, first_beta_ + t * p_.beta.stride_t, p_.beta.dtype);
+  // The bits of token first + lane's beta. Nothing waits for them before the next turn.
+  __device__ __forceinline__ uint32_t load_beta(int first) const {
+    const int t = first + lane_;
+    if (lane_ >= kPart || t >= tokens_) return 0;
+    const TokenTensor& beta = p_.beta;
+    return load_bits(
+        beta.ptr, w_.row * beta.stride_b + (w_.begin + t) * beta.stride_t + w_.hv * beta.stride_h,
+        beta.dtype);
   }
 
-  // Where this lane's row of a 16 x 16 block of a half's first channels lies, for ldmatrix; of the
-  // next block it lies at next(place, 1), and so on.
-  __device__ __forceinline__ uint32_t block(const void* half, int first_row,
-                                            const LanePosition& x) const {
-    return at(half) + row_offset(first_row + x.row, x.piece);
+  // Where this lane's row of a 16 x 16 block lies, for ldmatrix, from rows of 128 bytes on; of the
+  // next block it lies at next(place, 1).
+  static __device__ __forceinline__ uint32_t block(uint32_t rows, int piece,
+                                                   const LanePosition& x) {
+    return rows + row_offset(x.row, piece + x.piece);
   }
   static __device__ __forceinline__ uint32_t next(uint32_t place, int blocks) {
     return place ^ (blocks * 2 * kPiece);
@@ -99,153 +107,128 @@ class SquareWarp {
     mma<Elem>(d[1], a, b[2], b[3]);
   }
 
-  __device__ __forceinline__ void plain_products(Square& A, Square& M, const Slot& f,
-                                                 const Hat& hat) const {
-#pragma unroll 1
+  // Places of the four 16-channel blocks of a half.
+  struct Blocks {
+    uint32_t places[kHalf / 16];
+
+    __device__ __forceinline__ Blocks(uint32_t rows, const LanePosition& x) {
+#pragma unroll
+      for (int i = 0; i < kHalf / 16; ++i) places[i] = next(block(rows, 0, x), i);
+    }
+    __device__ __forceinline__ uint32_t operator[](int i) const { return places[i]; }
+  };
+
+  static constexpr int kLeftHalf = sizeof(Slot::left[0]), kRightHalf = sizeof(Slot::right[0]);
+  static constexpr int kQueries = kChunk * kRowBytes;  // q's rows in Slot::left
+  static constexpr int kLateRows = kPart * kRowBytes;  // the late part's in any tile
+
+  // The rows of the late part that this part multiplies with those of the early part.
+  __device__ __forceinline__ uint32_t late_rows(const Slot& slot) const {
+    return at(slot.left) + kLateRows + (part_ == 0 ? kQueries : 0);
+  }
+
+  // A and M of the part's tokens with each other, and the products of the late part's with the
+  // early part's that are this part's to make.
+  __device__ __forceinline__ void products(Square& A, Square& M, Square& cross,
+                                           const Slot& slot) const {
+    const LanePosition rows = by_row(lane_), columns = by_column(lane_);
+    const Blocks left(at(slot.left) + part_ * kLateRows, rows);
+    const Blocks right(at(slot.right) + part_ * kLateRows, columns);
+    const Blocks late(late_rows(slot), rows), early(at(slot.right), columns);
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t k_place = block(f.bars[half], 0, by_row(lane_));
-      const uint32_t q_place = block(f.bars[half], kChunk, by_row(lane_));
-      const uint32_t hat_place = block(hat.k_hat[half], 0, by_column(lane_));
 #pragma unroll
       for (int i = 0; i < kHalf / 16; ++i) {
-        uint32_t k_bar[4], q_bar[4], k_hat[4];
-        ptx::ldmatrix_at(k_bar, next(k_place, i));
-        ptx::ldmatrix_at(q_bar, next(q_place, i));
-        ptx::ldmatrix_at(k_hat, next(hat_place, i));
-        multiply(A, k_bar, k_hat);
-        multiply(M, q_bar, k_hat);
+        uint32_t a[4], b[4], k[4], q[4], k_right[4];
+        ptx::ldmatrix_at(k, left[i] + half * kLeftHalf);
+        ptx::ldmatrix_at(k_right, right[i] + half * kRightHalf);
+        ptx::ldmatrix_at(q, left[i] + half * kLeftHalf + kQueries);
+        ptx::ldmatrix_at(a, late[i] + half * kLeftHalf);
+        ptx::ldmatrix_at(b, early[i] + half * kRightHalf);
+        multiply(A, k, k_right);
+        multiply(M, q, k_right);
+        multiply(cross, a, b);
       }
     }
   }
 
-  // Four channels of token t, 4 lane and on.
-  template <class G>
-  __device__ __forceinline__ float4 load_gate(const char* g, int t) const {
-    if constexpr (sizeof(G) == 4) {
-      return *(reinterpret_cast<const float4*>(g + t * kChannels * sizeof(float)) + lane_);
-    } else {
-      const char* half = g + lane_ / 16 * sizeof(Raw::k[0]);
-      const uint2 bits =
-          *reinterpret_cast<const uint2*>(half + row_offset(t, lane_ % 16 / 2) + lane_ % 2 * 8);
-      const float2 low = ElementTraits<G>::unpack(bits.x), high = ElementTraits<G>::unpack(bits.y);
-      return {low.x, low.y, high.x, high.y};
-    }
-  }
-
-  template <Gate kGate>
-  static __device__ __forceinline__ float4 activate(float4 x, const DecayParams& params,
-                                                    float4 shift) {
-    return {decay_of<kGate>(x.x, params, shift.x), decay_of<kGate>(x.y, params, shift.y),
-            decay_of<kGate>(x.z, params, shift.z), decay_of<kGate>(x.w, params, shift.w)};
-  }
-
-  // exp(g) in fp32, 128 channels a token: of tokens 0-7 to low, of tokens 8-15 to high.
-  __device__ __forceinline__ void store_decays(char* low, char* high, const char* g,
-                                               int rows) const {
-    const DecayParams params = load_decay_params(p_, w_.hv);
-    const float4 shift = {
-        load_shift(p_, params, w_.hv, 4 * lane_), load_shift(p_, params, w_.hv, 4 * lane_ + 1),
-        load_shift(p_, params, w_.hv, 4 * lane_ + 2), load_shift(p_, params, w_.hv, 4 * lane_ + 3)};
+  // The same where some quarter's decay is not the usual one.
+  __device__ __forceinline__ void unusual_products(Square& A, Square& M, Square& cross,
+                                                   const Slot& slot, const Raw& raw,
+                                                   const int4& decays) const {
+    const LanePosition rows = by_row(lane_), columns = by_column(lane_);
 #pragma unroll 1
-    for (int t = 0; t < kChunk; ++t) {
-      float4 x = p_.g.dtype == DType::kF32    ? load_gate<float>(g, t)
-                 : p_.g.dtype == DType::kBF16 ? load_gate<__nv_bfloat16>(g, t)
-                                              : load_gate<__half>(g, t);
-      if (p_.gate == Gate::kBounded) {
-        x = activate<Gate::kBounded>(x, params, shift);
-      } else if (p_.gate == Gate::kSoftplus) {
-        x = activate<Gate::kSoftplus>(x, params, shift);
-      } else {
-        x = activate<Gate::kGiven>(x, params, shift);
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const int half = quarter / 2, piece = quarter % 2 * 4;
+      const int decay = quarter == 0   ? decays.x
+                        : quarter == 1 ? decays.y
+                        : quarter == 2 ? decays.z
+                                       : decays.w;
+      if (decay == kSplits) add_splits(A, M, raw, quarter);
+      const uint32_t left = at(slot.left[half]) + part_ * kLateRows, right = at(slot.right[half]);
+      const bool usual = decay == kUsual;
+      const SteepRight other = steep_right(p_.g.dtype, quarter);
+      const uint32_t late_place = block(late_rows(slot) + half * kLeftHalf, piece, rows);
+      const uint32_t early_place = block(right, piece, columns);
+      const uint32_t k_place = block(usual ? left : at(raw.k[half]), piece, rows);
+      const uint32_t q_place = block(usual ? left + kQueries : at(raw.q[half]), piece, rows);
+      const uint32_t right_place =
+          block(usual ? right + part_ * kLateRows : at(raw.g) + other.offset,
+                usual ? piece : other.piece, columns);
+#pragma unroll 1
+      for (int i = 0; i < kQuarter / 16; ++i) {
+        uint32_t a[4], b[4], k[4], q[4], k_right[4];
+        ptx::ldmatrix_at(a, next(late_place, i));
+        ptx::ldmatrix_at(b, next(early_place, i));
+        multiply(cross, a, b);
+        if (decay == kSplits) continue;
+        ptx::ldmatrix_at(k, next(k_place, i));
+        ptx::ldmatrix_at(q, next(q_place, i));
+        ptx::ldmatrix_at(k_right, next(right_place, i));
+        multiply(A, k, k_right);
+        multiply(M, q, k_right);
       }
-      if (t >= rows) x = {1.f, 1.f, 1.f, 1.f};
-      char* to = (t < 8 ? low : high) + t % 8 * kChannels * sizeof(float);
-      *(reinterpret_cast<float4*>(to) + lane_) = x;
     }
-    __syncwarp();
   }
 
-  // A and M for any gate: at level `half`, tokens in the upper half of a block of 2 half tokens
-  // meet those in its lower half, with the decay split at the middle of the block, so that both
-  // parts are products of numbers <= 1.
-  __device__ __forceinline__ void steep_products(Square& A, Square& M, Raw& raw, Hat& hat,
-                                                 int rows) const {
-    // fp32 gates are replaced where they lie; others leave half of their room free, and k_hat's is.
-    constexpr int kHalfBytes = sizeof(raw.g) / 2;
-    char* low = p_.g.dtype == DType::kF32 ? raw.g : raw.g + kHalfBytes;
-    char* high =
-        p_.g.dtype == DType::kF32 ? raw.g + kHalfBytes : reinterpret_cast<char*>(hat.k_hat);
-    store_decays(low, high, raw.g, rows);
+  // A quarter's products by levels of splits.
+  __device__ __forceinline__ void add_splits(Square& A, Square& M, const Raw& raw,
+                                             int quarter) const {
+    const int piece = quarter % 2 * 4, half = quarter / 2;
+    const uint32_t k_place = block(at(raw.k[half]), piece, by_row(lane_));
+    const uint32_t q_place = block(at(raw.q[half]), piece, by_row(lane_));
+    const uint32_t right_place = block(at(raw.k[half]), piece, by_column(lane_));
+    const int group = warp_ / 2 % Cfg::kFactorGroups;
 #pragma unroll 1
-    for (int half = 1; half < kChunk; half *= 2) {
+    for (int level = kPart / 2; level > 0; level /= 2) {
+      ptx::barrier_sync(split_barrier(part_, group, quarter), kSplitThreads);
       Square level_A = {}, level_M = {};
 #pragma unroll 1
-      for (int kk = 0; kk < kChannels / 16; ++kk) {
-        uint32_t k[4], q[4];
-        ptx::ldmatrix_at(k, next(block(raw.k[kk / 4], 0, by_row(lane_)), kk % 4));
-        ptx::ldmatrix_at(q, next(block(raw.q[kk / 4], 0, by_row(lane_)), kk % 4));
-        // Element [r][c] is token lane / 4 + 8 r, channels 16 kk + 2 (lane % 4) + {0, 1, 8, 9}.
-        float before[2][4], after[2][4], block[2][4];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float* e = reinterpret_cast<const float*>(r == 0 ? low : high) +
-                           lane_ / 4 * kChannels + 16 * kk + 2 * (lane_ % 4);
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            before[r][c] = block[r][c] = e[(c / 2) * 8 + (c & 1)];
-            after[r][c] = 1.f;
-          }
-        }
-        // Over blocks of growing size: the product up to the token, after it, and of the block.
-#pragma unroll 1
-        for (int size = 1; size < half; size *= 2) {
-          const bool upper = lane_ & (4 * size);
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              const float other = __shfl_xor_sync(~0u, block[r][c], 4 * size);
-              if (upper) {
-                before[r][c] *= other;
-              } else {
-                after[r][c] *= other;
-              }
-              block[r][c] *= other;
-            }
-          }
-        }
-        uint32_t k_split[4], q_split[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int r = i & 1, c = (i / 2) * 2;
-          const bool upper = (lane_ / 4 + 8 * r) & half;
-          const bool inside = lane_ / 4 + 8 * r < rows;
-          const float f0 = upper ? before[r][c] : after[r][c];
-          const float f1 = upper ? before[r][c + 1] : after[r][c + 1];
-          const float2 ki = Traits::unpack(inside ? k[i] : 0),
-                       qi = Traits::unpack(inside ? q[i] : 0);
-          k_split[i] = Traits::pack(ki.x * f0, ki.y * f1);
-          q_split[i] = Traits::pack(qi.x * f0, qi.y * f1);
-        }
-        const uint32_t k_right[4] = {k_split[0], k_split[2], k_split[1], k_split[3]};
-        multiply(level_A, k_split, k_right);
-        multiply(level_M, q_split, k_right);
+      for (int i = 0; i < kQuarter / 16; ++i) {
+        uint32_t k[4], q[4], k_right[4];
+        ptx::ldmatrix_at(k, next(k_place, i));
+        ptx::ldmatrix_at(q, next(q_place, i));
+        ptx::ldmatrix_at(k_right, next(right_place, i));
+        multiply(level_A, k, k_right);
+        multiply(level_M, q, k_right);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int t = row(i), j = column(h, i);
-          if (t / (2 * half) == j / (2 * half) && (t & half) && !(j & half)) {
-            A[h][i] = level_A[h][i];
-            M[h][i] = level_M[h][i];
+          if (t / (2 * level) == j / (2 * level) && (t & level) && !(j & level)) {
+            A[h][i] += level_A[h][i];
+            M[h][i] += level_M[h][i];
           }
         }
       }
+      ptx::barrier_sync(split_barrier(part_, group, quarter), kSplitThreads);
     }
   }
 
-  // Tells the cluster's chains, after the other blocks have got their copy.
+  // Tells the cluster's chains, after the other blocks have got their copy: of the factors with the
+  // early part.
   __device__ __forceinline__ void hand_over(const Slot& slot, const uint64_t* full) const {
     if constexpr (Cfg::kCluster > 1) ptx::fence_async_proxy();
     __syncwarp();
@@ -253,48 +236,52 @@ class SquareWarp {
     ptx::mbarrier_arrive_at(at(full));
     if constexpr (Cfg::kCluster > 1) {
       static_assert(Cfg::kCluster == 2);
+      constexpr uint32_t kLate = offsetof(Slot, squares) + sizeof(Squares);
+      const uint32_t from = at(&slot) + part_ * kLate, bytes = part_ == 0 ? kLate : sizeof(Squares);
       const uint32_t there = ptx::address_in(at(full), rank_ ^ 1);
-      ptx::mbarrier_expect_in_cluster(there, kSlotBytes);
-      ptx::copy_in_cluster(ptx::address_in(at(&slot), rank_ ^ 1), at(&slot), kSlotBytes, there);
+      ptx::mbarrier_expect_in_cluster(there, bytes);
+      ptx::copy_in_cluster(ptx::address_in(from, rank_ ^ 1), from, bytes, there);
     }
   }
 
-  __device__ __forceinline__ void make(int chunk, uint32_t raw_parity, const Cursor<Cfg::kOwn>& own,
+  // rows: the part's tokens inside the sequence, if not more than it has; none may be.
+  __device__ __forceinline__ void make(int rows, uint32_t raw_parity, const Cursor<Cfg::kOwn>& own,
                                        uint32_t beta_bits) const {
-    Raw& raw = s_.raw[warp_];
-    const int slot = own.at * Cfg::kCluster + rank_;
-    Slot& to = s_.slots[slot];
-    Hat& hat = s_.hats[own.at];
+    const Raw& raw = s_.raw[warp_];
+    const int slot_at = own.at * Cfg::kCluster + rank_;
+    Slot& slot = s_.slots[slot_at];
+    Squares& to = slot.squares[part_];
     Scratch& scratch = s_.scratch[warp_];
-    const int rows = min(tokens_ - chunk * kChunk, kChunk);
 
     ptx::mbarrier_wait_at(at(&s_.raw_full[warp_]), raw_parity);
     // Of eight tokens each: q and, below it, k times k; and times q.
     float by_k[2][4] = {}, by_q[2][4] = {};
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
+    {
       // As left operand, lanes 0-7 and 16-23 load rows of q and the others of k; as right operand,
       // lanes 0-15 load rows of k and the others of q.
-      const uint32_t k_half = at(raw.k[half]), q_half = at(raw.q[half]);
-      const uint32_t left = (lane_ & 8 ? k_half : q_half) + row_offset(lane_ & 7, lane_ >> 4);
-      const uint32_t right =
-          (lane_ & 16 ? q_half : k_half) + row_offset(lane_ & 7, (lane_ >> 3) & 1);
+      const Blocks left(lane_ & 8 ? at(raw.k) : at(raw.q), {lane_ & 7, lane_ >> 4});
+      const Blocks right(lane_ & 16 ? at(raw.q) : at(raw.k), {lane_ & 7, (lane_ >> 3) & 1});
+      constexpr int kEight = 8 * kRowBytes, kRawHalf = sizeof(raw.k[0]);
 #pragma unroll
-      for (int i = 0; i < kHalf / 16; ++i) {
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          uint32_t a[4], b[4];
-          ptx::ldmatrix_at(a, next(left, i) + h * 8 * kRowBytes);
-          ptx::ldmatrix_at(b, next(right, i) + h * 8 * kRowBytes);
-          mma<Elem>(by_k[h], a, b[0], b[1]);
-          mma<Elem>(by_q[h], a, b[2], b[3]);
+        for (int i = 0; i < kHalf / 16; ++i) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            uint32_t a[4], b[4];
+            ptx::ldmatrix_at(a, left[i] + half * kRawHalf + h * kEight);
+            ptx::ldmatrix_at(b, right[i] + half * kRawHalf + h * kEight);
+            mma<Elem>(by_k[h], a, b[0], b[1]);
+            mma<Elem>(by_q[h], a, b[2], b[3]);
+          }
         }
       }
     }
+    ptx::mbarrier_arrive_at(at(&s_.norms[warp_]));
     ptx::mbarrier_wait_at(at(&s_.factors_full[own.at]), own.parity);
-    const int4 flags = *reinterpret_cast<const int4*>(s_.steep[own.at]);
-    const bool steep = flags.x | flags.y | flags.z | flags.w;
-    if (!steep) ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
+    const int4 decays = *reinterpret_cast<const int4*>(s_.decay[own.at][part_]);
+    const bool usual = (decays.x | decays.y | decays.z | decays.w) == kUsual;
+    if (usual) ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
     // The lanes that have the diagonals' elements lane / 4.
     if (lane_ % 4 == lane_ / 8) {
       const bool odd = lane_ & 4;
@@ -312,19 +299,18 @@ class SquareWarp {
         to.M_diagonal[token_place(t)] = inside ? qk : 0.f;
       }
     }
-    float beta = bits_to_float(__shfl_sync(~0u, beta_bits, lane_ % kChunk), p_.beta.dtype);
-    beta = lane_ % kChunk < rows ? fast_beta_activation(beta, p_.beta_mode) : 0.f;
-    if (lane_ < kChunk) scratch.beta[lane_] = beta;
+    float beta = bits_to_float(__shfl_sync(~0u, beta_bits, lane_ % kPart), p_.beta.dtype);
+    beta = lane_ % kPart < rows ? fast_beta_activation(beta, p_.beta_mode) : 0.f;
+    if (lane_ < kPart) scratch.beta[lane_] = beta;
     __syncwarp();
-    if (lane_ < kChunk) to.T_diagonal[token_place(lane_)] = scratch.rk[lane_] * beta;
+    if (lane_ < kPart) to.T_diagonal[token_place(lane_)] = scratch.rk[lane_] * beta;
 
-    Square A = {}, M = {};
-    if (steep) {
-      steep_products(A, M, raw, hat, rows);
-      ptx::fence_async_proxy();  // fp32 gates were written over, and the copy engine writes next
-      ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
+    Square A = {}, M = {}, cross = {};
+    if (usual) {
+      products(A, M, cross, slot);
     } else {
-      plain_products(A, M, to, hat);
+      unusual_products(A, M, cross, slot, raw, decays);
+      ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
     }
 
 #pragma unroll
@@ -337,25 +323,26 @@ class SquareWarp {
         const float factor = scratch.beta[i] * scratch.rk[i];
         scratch.A[j * kTriangleStride + i] = j < i ? A[h][2 * r] * factor * rk0 : 0.f;
         scratch.A[(j + 1) * kTriangleStride + i] = j + 1 < i ? A[h][2 * r + 1] * factor * rk1 : 0.f;
-        *reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(to.M) + square_offset(i, h) +
-                                     (lane_ % 4) * 4) =
+        const int place = square_offset(i, h) + (lane_ % 4) * 4;
+        *reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(to.M) + place) =
             Traits::pack(j < i ? M[h][2 * r] : 0.f, j + 1 < i ? M[h][2 * r + 1] : 0.f);
+        *reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(to.cross) + place) =
+            Traits::pack(cross[h][2 * r], cross[h][2 * r + 1]);
       }
     }
     __syncwarp();
     invert_triangle(to.T, scratch.A, scratch.rk, scratch.beta, lane_);
-    hand_over(to, &s_.full[slot]);
+    hand_over(slot, &s_.full[slot_at]);
   }
 
   const Problem& p_;
   const Work& w_;
   Shared<Cfg>& s_;
   Loader<Cfg> loader_;
-  uint32_t base_;
   int warp_, lane_;
   int rank_;  // of the block in its cluster
+  int part_;  // of every chunk
   int tokens_, chunks_;
-  int64_t first_beta_;
 };
 
 }  // namespace flashkda::cuda::sm90::prefill

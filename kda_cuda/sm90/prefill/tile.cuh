@@ -4,11 +4,9 @@
 #include <cstdint>
 
 #include "../../common/tile.cuh"
-#include "shared.cuh"
+#include "config.h"
 
 namespace flashkda::cuda::sm90::prefill {
-
-inline constexpr int kRowBytes = 128;
 
 // Byte offset of a 16-byte piece of a row of 64 channels: the swizzle that the hardware calls
 // 128-byte.
