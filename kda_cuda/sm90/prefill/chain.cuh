@@ -39,25 +39,31 @@ class Chain {
 
   __device__ void run() {
     static_assert(kCheckpointUnit == kPart, "a checkpoint lies between two parts");
-    const StateColumns<kChannels> columns{static_cast<int>(w_.n), static_cast<int>(w_.tokens),
-                                          w_.hv, w_.v0 + warp_ * 16, lane_};
+    // Found again where it is needed: the steps lack registers.
+    const auto columns = [&] {
+      return StateColumns<kChannels>{static_cast<int>(w_.n), static_cast<int>(w_.tokens), w_.hv,
+                                     w_.v0 + warp_ * 16, lane_};
+    };
     float S[kTiles][4];
-    columns.load(p_, S);
+    columns().load(p_, S);
     const int64_t stride = kPart * p_.o.stride_t;
     Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
               (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + warp_ * 16 +
               lane_ % 2 * (kPiece / sizeof(Elem));
-    int left = columns.tokens;
-    int stop = columns.first_stop(p_);
-    if (left == stop) stop = columns.keep(p_, S, left);
+    int left = static_cast<int>(w_.tokens);
+    int stop = columns().first_stop(p_);
+    if (left == stop) stop = columns().keep(p_, S, left);
     int at = 0;
     uint32_t parity = 0;
-    const auto store_last = [&] {
-      if (left == columns.tokens) return;
-      store_output(o, 0, left + kChunk);
-      store_output(o + stride, 1, left + kChunk - kPart);
+    // The outputs of the last step, of which `rows` are the sequence's.
+    const auto store_last = [&](int rows) {
+      if (left == static_cast<int>(w_.tokens)) return;
+      const uint4 early = staged_output(0), late = staged_output(1);
+      if (lane_ / 2 < rows) *reinterpret_cast<uint4*>(o) = early;
+      if (lane_ / 2 + kPart < rows) *reinterpret_cast<uint4*>(o + stride) = late;
       o += 2 * stride;
     };
+    const auto store_whole = [&] { store_last(kChunk); };
     const auto next = [&] {
       at = at + 1 == Cfg::kSlots ? 0 : at + 1;
       parity ^= at == 0;
@@ -70,21 +76,21 @@ class Chain {
 #pragma unroll 1
       while (left > bound) {
         lane_ = ptx::opaque_lane(lane_);  // places are cheaper to find again than to keep
-        step(S, at, parity, left, store_last, [] {});
+        step(S, at, parity, left, store_whole, [] {});
         next();
       }
-      step(S, at, parity, left, store_last, [&] {
+      step(S, at, parity, left, store_whole, [&] {
         cute::warpgroup_wait<0>();
         fence(S);
-        if (stop == left - kPart) stop = columns.keep(p_, S, stop);
+        if (stop == left - kPart) stop = columns().keep(p_, S, stop);
       });
-      if (stop == left - kChunk) stop = columns.keep(p_, S, stop);
+      if (stop == left - kChunk) stop = columns().keep(p_, S, stop);
       next();
     }
     __syncwarp();
-    store_last();
-    columns.store_final(p_, S);
-    columns.spoil_wrong_checkpoints(p_);
+    store_last(left + kChunk);
+    columns().store_final(p_, S);
+    columns().spoil_wrong_checkpoints(p_);
   }
 
  private:
@@ -99,13 +105,21 @@ class Chain {
     x[3] *= odd;
   }
 
-  __device__ __forceinline__ void decay(float (&S)[kTiles][4],
-                                        const float (&by)[kDecayStride * 4]) const {
+  using Decays = float4[kTiles / 2];  // of the lane's channels, in two tiles each
+
+  __device__ __forceinline__ void load_decays(Decays& to,
+                                              const float (&from)[kDecayStride * 4]) const {
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      const float4 x = reinterpret_cast<const float4*>(by + lane_ % 4 * kDecayStride)[n / 2];
-      scale(S[n], x.x, x.y);
-      scale(S[n + 1], x.z, x.w);
+    for (int n = 0; n < kTiles / 2; ++n) {
+      to[n] = reinterpret_cast<const float4*>(from + lane_ % 4 * kDecayStride)[n];
+    }
+  }
+
+  static __device__ __forceinline__ void decay(float (&S)[kTiles][4], const Decays& by) {
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) {
+      scale(S[2 * n], by[n].x, by[n].y);
+      scale(S[2 * n + 1], by[n].z, by[n].w);
     }
   }
 
@@ -246,9 +260,10 @@ class Chain {
   }
 
   __device__ __forceinline__ void load_values(uint32_t (&v)[4], int at, int part) const {
+    __builtin_assume(warp_ >= 0);
     const LanePosition rows = by_row(lane_);
     ptx::ldmatrix_trans_at(v, at_of(s_.values[at][part].v[warp_ / 4]) +
-                                  row_offset(rows.row, warp_ % 4 * 2 + rows.piece));
+                                  (row_offset(rows.row, rows.piece) ^ warp_ % 4 * 2 * kPiece));
   }
 
   // One chunk. `shadow` is done while the product with the state is under way, `inside` when the
@@ -261,7 +276,11 @@ class Chain {
     // Shuffled, so that descriptors stay in uniform registers.
     const uint32_t tiles = __shfl_sync(~0u, descriptor_address(at_of(&slot)), 0);
     ptx::mbarrier_wait_at(at_of(&s_.full[at]), parity);
-    decay(S, slot.enter);
+    {
+      Decays enter;
+      load_decays(enter, slot.enter);
+      decay(S, enter);
+    }
     float d[8][4];
     start_state_product(d, S, tiles);
     shadow();
@@ -286,18 +305,18 @@ class Chain {
     __syncwarp();  // the last outputs have been read
     finish_output(d[4], d[5], d[0], d[1], u, early, 0);
     finish_output(d[6], d[7], d[2], d[3], u_late, late, 1);
+    Decays leave;
+    load_decays(leave, slot.leave);
     cute::warpgroup_wait<0>();
     fence(S);
-    decay(S, slot.leave);
     release(at);
+    decay(S, leave);
   }
 
   // O^T goes through shared memory, so that it leaves in rows of 16 bytes, a chunk later.
-  __device__ __forceinline__ void store_output(Elem* to, int part, int left) const {
-    const int row = lane_ / 2;
-    const uint4 y = *reinterpret_cast<const uint4*>(
-        reinterpret_cast<const char*>(s_.o[warp_][part]) + square_offset(row, lane_ % 2));
-    if (row < left) *reinterpret_cast<uint4*>(to) = y;
+  __device__ __forceinline__ uint4 staged_output(int part) const {
+    return *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(s_.o[warp_][part]) +
+                                           square_offset(lane_ / 2, lane_ % 2));
   }
 
   const Problem& p_;

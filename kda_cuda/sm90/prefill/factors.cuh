@@ -138,11 +138,10 @@ class FactorWarp {
                                                   Bf16::pack(x[2] * factor[2], x[3] * factor[3]));
   }
 
-  // k, q and exp(g) of the lane's tokens; 0, 0 and 1 from token `left` of the part on.
+  // exp(g) of the lane's tokens; 1 from token `left` of the part on.
   template <Gate kGate, class G>
-  __device__ __forceinline__ void load(Bits& k, Bits& q, Decays& e, const Raw& raw, int left,
-                                       const Place& place) const {
-    const int half = warp_ / 2;
+  __device__ __forceinline__ void load_decays(Decays& e, const Raw& raw, int left,
+                                              const Place& place) const {
     if constexpr (sizeof(G) == 4) {
       const char* quarter = raw.g + warp_ * sizeof(raw.k[0]);
 #pragma unroll
@@ -154,14 +153,9 @@ class FactorWarp {
         e[i][3] = y.w;
       }
     } else {
-      const char* g = raw.g + half * sizeof(raw.k[0]);
+      const char* g = raw.g + warp_ / 2 * sizeof(raw.k[0]);
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) unpack(e[i], *reinterpret_cast<const uint2*>(g + place(i)));
-    }
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      k[i] = *reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(raw.k[half]) + place(i));
-      q[i] = *reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(raw.q[half]) + place(i));
     }
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) {
@@ -169,15 +163,33 @@ class FactorWarp {
       for (int c = 0; c < kOwn; ++c) e[i][c] = decay_of<kGate>(e[i][c], params_, shift_[c]);
     }
     if (left < kPart) {
+      beyond(left, [&](int i) {
+#pragma unroll
+        for (int c = 0; c < kOwn; ++c) e[i][c] = 1.f;
+      });
+    }
+  }
+
+  // k and q of the lane's tokens; 0 from token `left` of the part on.
+  __device__ __forceinline__ void load_tokens(Bits& k, Bits& q, const Raw& raw, int left,
+                                              const Place& place) const {
+    const int half = warp_ / 2;
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      k[i] = *reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(raw.k[half]) + place(i));
+      q[i] = *reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(raw.q[half]) + place(i));
+    }
+    if (left < kPart) beyond(left, [&](int i) { k[i] = q[i] = make_uint2(0, 0); });
+  }
+
+  // Does something to those of the lane's tokens that are not below `left`.
+  template <class Do>
+  __device__ __forceinline__ void beyond(int left, const Do& something) const {
 #pragma unroll 1
-      for (int t = max(left, 0); t < kPart; ++t) {  // rolled, lest it be done always
+    for (int t = max(left, 0); t < kPart; ++t) {  // rolled, lest it be done always
 #pragma unroll
-        for (int i = 0; i < kSpan; ++i) {
-          if (lane_ / 8 * kSpan + i != t) continue;
-          k[i] = q[i] = make_uint2(0, 0);
-#pragma unroll
-          for (int c = 0; c < kOwn; ++c) e[i][c] = 1.f;
-        }
+      for (int i = 0; i < kSpan; ++i) {
+        if (lane_ / 8 * kSpan + i == t) something(i);
       }
     }
   }
@@ -212,6 +224,11 @@ class FactorWarp {
       unpack(x, q[i]);
       store(to.left_q + place(i), x, before);
     }
+  }
+
+  // Of a channel's decays over the lane's tokens.
+  static __device__ __forceinline__ float product(const Decays& e, int c) {
+    return (e[0][c] * e[1][c]) * (e[2][c] * e[3][c]);
   }
 
   // The smallest a or b that leaves k and q over it in range.
@@ -250,30 +267,34 @@ class FactorWarp {
     ptx::mbarrier_wait_at(at(&s_.raw_full[turn]), raw_at.parity);
     Bits k, q;
     Decays e;
-    load<kGate, G>(k, q, e, raw, left, place);
+    load_decays<kGate, G>(e, raw, left, place);
 
-    // Products of the decays over eight tokens and over the part, before the lane's span and after.
-    float pair[kOwn], total[kOwn], before[kOwn], after[kOwn], beside[kOwn];
-#pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
-      const float own = (e[0][c] * e[1][c]) * (e[2][c] * e[3][c]);
-      beside[c] = __shfl_xor_sync(~0u, own, 8);
-      pair[c] = own * beside[c];
-      const float others = __shfl_xor_sync(~0u, pair[c], 16);
-      total[c] = pair[c] * others;
-      before[c] = (span & 1 ? beside[c] : 1.f) * (span & 2 ? others : 1.f);
-      after[c] = (span & 1 ? 1.f : beside[c]) * (span & 2 ? 1.f : others);
-    }
+    // Products of the decays over the part, before the lane's span and after it.
+    float total[kOwn], before[kOwn], after[kOwn];
     int decay = kUsual;
-    // Above this, k and q may be as large as 3e5.
-    if (any_below(total, 1e-33f)) {
-      const float bound = smallest_decay(k, q);
-      if (any_below(total, bound)) decay = any_below(pair, bound) ? kSplits : kSteep;
+    {
+      float pair[kOwn];  // over eight tokens
 #pragma unroll
-      for (int c = 0; c < kOwn; ++c) total[c] = fmaxf(total[c], bound);
+      for (int c = 0; c < kOwn; ++c) {
+        const float own = product(e, c), beside = __shfl_xor_sync(~0u, own, 8);
+        pair[c] = own * beside;
+        const float others = __shfl_xor_sync(~0u, pair[c], 16);
+        total[c] = pair[c] * others;
+        before[c] = (span & 1 ? beside : 1.f) * (span & 2 ? others : 1.f);
+        after[c] = (span & 1 ? 1.f : beside) * (span & 2 ? 1.f : others);
+      }
+      // Above this, k and q may be as large as 3e5.
+      if (any_below(total, 1e-33f)) {
+        load_tokens(k, q, raw, left, place);
+        const float bound = smallest_decay(k, q);
+        if (any_below(total, bound)) decay = any_below(pair, bound) ? kSplits : kSteep;
+#pragma unroll
+        for (int c = 0; c < kOwn; ++c) total[c] = fmaxf(total[c], bound);
+      }
     }
-    if (decay != kSplits) ptx::mbarrier_arrive_at(at(&s_.raw_empty[turn]));
     ptx::mbarrier_wait_at(at(&s_.empty[own.at]), own.parity ^ 1);
+    load_tokens(k, q, raw, left, place);
+    if (decay != kSplits) ptx::mbarrier_arrive_at(at(&s_.raw_empty[turn]));
     if (lane_ == 0) s_.decay[own.at][part][warp_] = decay;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
@@ -296,9 +317,10 @@ class FactorWarp {
       // The same about the middle of the part.
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) {
-        const float inverse = ptx::rcp(pair[c]);
-        before[c] = (span & 1 ? beside[c] : 1.f) * (span & 2 ? 1.f : inverse);
-        after[c] = (span & 1 ? 1.f : beside[c]) * (span & 2 ? inverse : 1.f);
+        const float own = product(e, c), beside = __shfl_xor_sync(~0u, own, 8);
+        const float inverse = ptx::rcp(own * beside);
+        before[c] = (span & 1 ? beside : 1.f) * (span & 2 ? 1.f : inverse);
+        after[c] = (span & 1 ? 1.f : beside) * (span & 2 ? inverse : 1.f);
       }
       ptx::mbarrier_wait_at(at(&s_.norms[turn]), raw_at.parity);
       __syncwarp();
@@ -318,12 +340,11 @@ class FactorWarp {
     const int span = lane_ / 8, half = warp_ / 2;
     Bits k, q;
     Decays e;
-    load<kGate, G>(k, q, e, raw, left, place);
+    load_decays<kGate, G>(e, raw, left, place);
+    load_tokens(k, q, raw, left, place);
     float beside[kOwn];
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
-      beside[c] = __shfl_xor_sync(~0u, (e[0][c] * e[1][c]) * (e[2][c] * e[3][c]), 8);
-    }
+    for (int c = 0; c < kOwn; ++c) beside[c] = __shfl_xor_sync(~0u, product(e, c), 8);
     const int barrier = split_barrier(part, group_, warp_);
     ptx::mbarrier_wait_at(at(&s_.norms[turn]), parity);
     __syncwarp();

@@ -21,7 +21,10 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   const Work found = find_work<Cfg::VS>(p, &s.sequence);
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  const int lane = ptx::opaque_lane(threadIdx.x % 32);  // lest it be found anew everywhere
+  __builtin_assume(warp >= 0);
+  // Shuffled, lest the assembler read it anew, slowly, wherever it is used.
+  int lane = __shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32);
+  __builtin_assume(lane >= 0 && lane < 32);
 
   if (threadIdx.x == 0) {
     s.work = found;
