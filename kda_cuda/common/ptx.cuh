@@ -112,6 +112,11 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+__device__ __forceinline__ int64_t opaque(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 // The same of a lane's number, of which the compiler still knows the range.
 __device__ __forceinline__ int opaque_lane(int lane) {
   lane = opaque(lane);

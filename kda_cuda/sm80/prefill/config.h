@@ -21,12 +21,14 @@ struct PrefillConfig {
   static constexpr int VS = VS_;
   static constexpr int kChainWarps = VS / 16;           // each owns 16 value columns
   static constexpr int kProducers = VS == 128 ? 2 : 3;  // 16 warps of 128 registers in all
-  static constexpr int kThreads = 32 * kChainWarps + kProducers * kGroupThreads;
+  // Where registers permit, a warp inverts the producers' triangles; elsewhere they do.
+  static constexpr int kInverters = VS == 32 ? 1 : 0;
+  static constexpr int kThreads = 32 * (kChainWarps + kInverters) + kProducers * kGroupThreads;
   static_assert(K == 64 || K == 128, "a producer's warp owns 16 or 32 channels");
   static_assert(VS == 32 || VS == 64 || VS == 128, "see the number of producers");
 };
 
-// A's columns are read as float4 by all lanes at once and written by eight rows of lanes.
+// A is written by eight rows of lanes at once.
 inline constexpr int kAStride = kChunk + 4;
 
 // One chunk, from its raw inputs to the factors that the chain reads, which take the inputs' place.
@@ -60,10 +62,11 @@ struct alignas(128) Slot {
 };
 
 struct Barriers {
-  uint64_t raw[kMaxSlots];    // q, k, g, v have landed
-  uint64_t full[kMaxSlots];   // the factors are there
-  uint64_t empty[kMaxSlots];  // the chain has read them
-  int sequence;               // what sequence_of_rank found
+  uint64_t raw[kMaxSlots];       // q, k, g, v have landed
+  uint64_t triangle[kMaxSlots];  // A, beta and rk are there
+  uint64_t full[kMaxSlots];      // the factors are there
+  uint64_t empty[kMaxSlots];     // the chain has read them
+  int sequence;                  // what sequence_of_rank found
 };
 
 inline constexpr size_t kSlotsOffset = (sizeof(Barriers) + 127) / 128 * 128;
@@ -82,8 +85,9 @@ Ring make_ring(size_t smem_limit) {
   ring.slots = fit < kMaxSlots ? fit : kMaxSlots;
   ring.producers = ring.slots - 2 < Cfg::kProducers ? ring.slots - 2 : Cfg::kProducers;
   // When a producer begins a chunk, the chain has read all but those that the producers just made
-  // or are making.
-  ring.ahead = ring.slots - ring.producers - 1;
+  // or are making, and where there is room, two more.
+  const int room = ring.slots - ring.producers - 1;
+  ring.ahead = room > 4 ? room - 2 : room;
   return ring;
 }
 

@@ -9,6 +9,24 @@
 
 namespace flashkda::cuda::sm80::prefill {
 
+// A tile whose rows are not aligned for cp.async. Not inlined: its addresses would be found ahead
+// and spilled around the path that most chunks take.
+template <int ElementBytes, int RowBytes, bool Swizzled>
+__device__ __noinline__ void load_elements(char* tile, const char* x, int64_t stride, int rows,
+                                           int lane) {
+  using Bits = std::conditional_t<ElementBytes == 2, uint16_t, uint32_t>;
+  constexpr int kColumns = RowBytes / ElementBytes;
+#pragma unroll 1
+  for (int i = lane; i < kChunk * kColumns; i += 32) {
+    const int t = i / kColumns, column = i % kColumns;
+    const int at = column * ElementBytes / kPiece;
+    char* to = tile + t * RowBytes + (Swizzled ? at ^ swizzle<RowBytes / 2>(t) : at) * kPiece +
+               column * ElementBytes % kPiece;
+    const Bits* from = reinterpret_cast<const Bits*>(x + t * stride) + column;
+    *reinterpret_cast<Bits*>(to) = t < rows ? *from : Bits{0};
+  }
+}
+
 template <class Cfg>
 class Loader {
   static constexpr int K = Cfg::K;
@@ -61,12 +79,15 @@ class Loader {
     constexpr int kPieces = RowBytes / kPiece;
     constexpr int kRows = 32 / kPieces;  // that a warp loads at once
     const int rows = static_cast<int>(min(w_.tokens - int64_t{chunk} * kChunk, int64_t{kChunk}));
-    const int row = lane_ / kPieces;
-    const char* x = piece_ + int64_t{chunk} * kChunk * stride_;
-    if ((reinterpret_cast<uintptr_t>(x) | static_cast<uintptr_t>(stride_)) % kPiece == 0) {
+    // Places and multiples of the stride are cheaper to find again than to keep, and spill.
+    const int lane = ptx::opaque_lane(lane_);
+    const int64_t stride = ptx::opaque(stride_);
+    const int row = lane / kPieces;
+    const char* x = piece_ + int64_t{chunk} * kChunk * stride;
+    if ((reinterpret_cast<uintptr_t>(x) | static_cast<uintptr_t>(stride)) % kPiece == 0) {
       // Every t is a multiple of kRows, a power of two, so that swizzle(row + t) is row ^
       // swizzle(t).
-      const int piece = lane_ % kPieces ^ (Swizzled ? swizzle<RowBytes / 2>(row) : 0);
+      const int piece = lane % kPieces ^ (Swizzled ? swizzle<RowBytes / 2>(row) : 0);
       char* to = tile + row * RowBytes;
       if (rows == kChunk) {
 #pragma unroll
@@ -74,7 +95,7 @@ class Loader {
           ptx::cp_async_16(
               to + t * RowBytes + (piece ^ (Swizzled ? swizzle<RowBytes / 2>(t) : 0)) * kPiece, x,
               true);
-          x += kRows * stride_;
+          x += kRows * stride;
         }
       } else {
 #pragma unroll 1
@@ -83,22 +104,12 @@ class Loader {
           ptx::cp_async_16(
               to + t * RowBytes + (piece ^ (Swizzled ? swizzle<RowBytes / 2>(t) : 0)) * kPiece,
               keep ? x : piece_, keep);
-          x += kRows * stride_;
+          x += kRows * stride;
         }
       }
     } else {
-      using Bits = std::conditional_t<ElementBytes == 2, uint16_t, uint32_t>;
-      constexpr int kColumns = RowBytes / ElementBytes;
-      x -= row * stride_ + lane_ % kPieces * kPiece;
-#pragma unroll 1
-      for (int i = lane_; i < kChunk * kColumns; i += 32) {
-        const int t = i / kColumns, column = i % kColumns;
-        const int at = column * ElementBytes / kPiece;
-        char* to = tile + t * RowBytes + (Swizzled ? at ^ swizzle<RowBytes / 2>(t) : at) * kPiece +
-                   column * ElementBytes % kPiece;
-        const Bits* from = reinterpret_cast<const Bits*>(x + t * stride_) + column;
-        *reinterpret_cast<Bits*>(to) = t < rows ? *from : Bits{0};
-      }
+      load_elements<ElementBytes, RowBytes, Swizzled>(
+          tile, x - row * stride - lane % kPieces * kPiece, stride, rows, lane);
     }
   }
 

@@ -21,15 +21,16 @@
 
 #include "../../common/decay.cuh"
 #include "../../common/element.cuh"
-#include "../../common/gate.cuh"
 #include "../../common/ptx.cuh"
 #include "../../common/tile.cuh"
+#include "../../common/triangle.cuh"
 #include "loader.cuh"
 #include "ring.cuh"
 
 namespace flashkda::cuda::sm80::prefill {
 
 inline constexpr uint32_t kFullWarp = 0xffffffffu;
+static_assert(kChunk == kTriangle && kAStride == kTriangleStride);
 
 // The plain split k exp(G) * k exp(-G) holds while exp(-G_C) and k exp(-G_C) stay in the element's
 // range.
@@ -167,12 +168,69 @@ struct ProducerLane {
     }
   }
 
+  // A and M where exp(-G) leaves the element's range over the chunk but not over either half of it:
+  // the same split with the decay taken from the middle of the chunk, k exp(G - G_8) * k exp(G_8 -
+  // G). D: the decay of the lane's half.
+  __device__ __forceinline__ void middle(float (&d)[4], Slot<Cfg>* slot, const float (&e)[kSpan][2],
+                                         const float (&span_decay)[kSpans][2],
+                                         const float (&D)[2]) const {
+    constexpr int kHalfSpans = kSpans / 2;
+    const bool upper = span >= kHalfSpans;
+    float before[2], after[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float inverse = ptx::rcp(D[c]);
+      before[c] = upper ? 1.f : inverse;
+      after[c] = upper ? inverse : 1.f;
+#pragma unroll
+      for (int s = 0; s < kSpans; ++s) {
+        const bool same = s / kHalfSpans == span / kHalfSpans;
+        before[c] *= same && s < span ? span_decay[s][c] : 1.f;
+        after[c] *= same && s > span ? span_decay[s][c] : 1.f;
+      }
+    }
+    uint32_t k[kSpan];
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) k[i] = *at(slot->k, i);
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      before[0] *= e[i][0];
+      before[1] *= e[i][1];
+      *at(slot->k_bar, i) = scaled(k[i], before[0], before[1]);
+      *at(slot->k_tilde, i) = scaled(*at(slot->q, i), before[0], before[1]);
+    }
+#pragma unroll
+    for (int i = kSpan - 1; i >= 0; --i) {
+      *at(slot->k, i) = scaled(k[i], after[0], after[1]);
+      after[0] *= e[i][0];
+      after[1] *= e[i][1];
+    }
+    sync();
+    multiply(d, slot->k_bar, slot->k_tilde, slot->k);
+    sync();
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) *at(slot->k, i) = k[i];
+  }
+
   // A and M where some channel decays so much over the chunk that exp(-G) would leave the element's
   // range. Uses the places of k_bar and k_tilde before they are there. Rows that a level leaves
   // unwritten are finite or masked.
   __device__ __forceinline__ void multiply_steep(float (&d)[4], Slot<Cfg>* slot,
                                                  const float (&e)[kSpan][2],
                                                  const float (&span_decay)[kSpans][2]) const {
+    float halves[2][2] = {{1.f, 1.f}, {1.f, 1.f}};
+#pragma unroll
+    for (int s = 0; s < kSpans; ++s) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) halves[s / (kSpans / 2)][c] *= span_decay[s][c];
+    }
+    const float least = fminf(fminf(halves[0][0], halves[0][1]), fminf(halves[1][0], halves[1][1]));
+    if (!ptx::barrier_any(1 + group, kGroupThreads, least < kSmallestDecay<Elem>)) {
+      const bool upper = span >= kSpans / 2;
+      const float D[2] = {upper ? halves[1][0] : halves[0][0], upper ? halves[1][1] : halves[0][1]};
+      middle(d, slot, e, span_decay, D);
+      return;
+    }
 #pragma unroll
     for (int r = 0; r < 4; ++r) d[r] = 0.f;
     level<1>(d, slot, e, span_decay);
@@ -228,21 +286,24 @@ class Producer {
     for (int c = at_.group; c < min(ring_.ahead, w_.chunks); c += ring_.producers) {
       load(c, RingPosition(c));
     }
-    RingPosition at(at_.group), ahead(at_.group);
-    ahead.advance(ring_.ahead, ring_);
+    RingPosition at(at_.group);
     int turn = 0;
     uint32_t next_beta = load_beta(at_.group);
     for (int c = at_.group; c < w_.chunks; c += ring_.producers) {
       // Addresses are cheaper to find again for every chunk than to keep: kept, they were spilled.
       at_.lane = ptx::opaque(at_.lane);
       at_.place = ptx::opaque(at_.place);
-      if (c + ring_.ahead < w_.chunks) load(c + ring_.ahead, ahead);
+      at_.span = ptx::opaque(at_.span);
+      if (c + ring_.ahead < w_.chunks) {
+        RingPosition ahead = at;
+        ahead.advance(ring_.ahead, ring_);
+        load(c + ring_.ahead, ahead);
+      }
       const uint32_t beta = next_beta;
       if (c + ring_.producers < w_.chunks) next_beta = load_beta(c + ring_.producers);
       make(c, at, turn, beta);
       turn = (turn + 1) % kGroupWarps;
       at.advance(ring_.producers, ring_);
-      ahead.advance(ring_.producers, ring_);
     }
   }
 
@@ -339,63 +400,46 @@ class Producer {
     }
   }
 
-  // x_t y_t of the warp's four tokens t; lane 4 i + .. of the warp's first 16 has token i's.
-  __device__ __forceinline__ float dot(const Elem* x, const Elem* y) const {
-    constexpr int kTokens = kChunk / kGroupWarps;
-    float sum[kTokens];
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      // Which channels a lane takes does not matter, so the swizzle, the same for both tiles, does
-      // not either.
-      const int row = (at_.warp * kTokens + i) * K * 2;
-      sum[i] = 0.f;
-#pragma unroll
-      for (int j = 0; j < K / 64; ++j) {
-        const int offset = row + j * 128 + at_.lane * 4;
-        const float2 a = Traits::unpack(
-            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(x) + offset));
-        const float2 b = Traits::unpack(
-            *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(y) + offset));
-        sum[i] += a.x * b.x + a.y * b.y;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool upper = at_.lane & 8;
-      const float low = sum[i], high = sum[i + 2];
-      sum[i] = (upper ? high : low) + __shfl_xor_sync(kFullWarp, upper ? low : high, 8);
-    }
-    const bool upper = at_.lane & 4;
-    float total =
-        (upper ? sum[1] : sum[0]) + __shfl_xor_sync(kFullWarp, upper ? sum[0] : sum[1], 4);
-    total += __shfl_xor_sync(kFullWarp, total, 16);
-    total += __shfl_xor_sync(kFullWarp, total, 2);
-    total += __shfl_xor_sync(kFullWarp, total, 1);
-    return total;
-  }
-
+  // The norms of q and k and their products, token by token: the diagonals of q and k times k
+  // (warps 0, 1) and of q times q (warps 2, 3), of eight tokens each, from the raw tiles on the
+  // tensor cores: exact products and fp32 sums.
   __device__ __forceinline__ void store_dots(Slot<Cfg>* slot) const {
-    float qk = dot(slot->q, slot->k);
-    float rk = 1.f, rq = 1.f;
-    if (p_.l2norm) {
-      rk = rsqrtf(dot(slot->k, slot->k) + 1e-6f);
-      rq = rsqrtf(dot(slot->q, slot->q) + 1e-6f);
+    const int lane = ptx::opaque_lane(at_.lane), first = at_.warp % 2 * 8;
+    const bool by_k = at_.warp < 2;
+    const LanePosition at_b = by_piece(lane);
+    // Rows 0-7 of the left operand are q's tokens and rows 8-15 k's.
+    const char* left = reinterpret_cast<const char*>(lane & 8 ? slot->k : slot->q);
+    const char* right = reinterpret_cast<const char*>(by_k ? slot->k : slot->q);
+    float d[4] = {}, odd[4] = {};
+#pragma unroll
+    for (int kk = 0; kk < K / 16; kk += 2) {
+      uint32_t a0[4], a1[4], b[4];
+      ldmatrix(a0, left + tile_offset<K>(first + lane % 8, 2 * kk + lane / 16));
+      ldmatrix(a1, left + tile_offset<K>(first + lane % 8, 2 * kk + 2 + lane / 16));
+      ldmatrix(b, right + tile_offset<K>(first + at_b.row, 2 * kk + at_b.piece));
+      mma<Elem>(d, a0, b[0], b[1]);
+      mma<Elem>(odd, a1, b[2], b[3]);
     }
-    if (at_.lane >= 16 || at_.lane % 4 != 0) return;
-    const int t = at_.warp * (kChunk / kGroupWarps) + at_.lane / 4;
-    if constexpr (kNarrow) {
-      slot->norm_k[t] = rk;
-      slot->norm_q[t] = rq;
-      qk *= rk * rq;
-      rk = rq = 1.f;
+    if (lane % 4 != lane / 8) return;  // the others have no diagonal element
+    const int t = first + lane / 4, i = lane / 4 % 2;
+    const float of_q = i == 0 ? d[0] + odd[0] : d[1] + odd[1];
+    const float of_k = i == 0 ? d[2] + odd[2] : d[3] + odd[3];
+    const float norm = p_.l2norm ? ptx::rsqrt((by_k ? of_k : of_q) + 1e-6f) : 1.f;
+    const float left_over = kNarrow ? 1.f : norm;
+    if constexpr (kNarrow) (by_k ? slot->norm_k : slot->norm_q)[t] = norm;
+    if (by_k) {
+      slot->M_diagonal[t] = of_q;
+      slot->rk[t] = left_over;
+    } else {
+      slot->rq[t] = p_.scale * left_over;
     }
-    slot->M_diagonal[t] = qk;
-    slot->rk[t] = rk;
-    slot->rq[t] = p_.scale * rq;
   }
 
-  // The lane's own channels of k and q over their norms, in place.
+  // The lane's own channels of k and q over their norms, in place, and the products of q and k.
   __device__ __forceinline__ void normalise(Slot<Cfg>* slot) const {
+    if (at_.warp == 0 && at_.lane < kChunk) {
+      slot->M_diagonal[at_.lane] *= slot->norm_k[at_.lane] * slot->norm_q[at_.lane];
+    }
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) {
       const float rk = slot->norm_k[at_.span * kSpan + i];
@@ -423,7 +467,7 @@ class Producer {
     } else if (p_.beta.dtype == DType::kF16) {
       beta = ElementTraits<__half>::unpack(bits).x;
     }
-    slot->beta[at_.lane] = at_.lane < rows ? beta_activation(beta, p_.beta_mode) : 0.f;
+    slot->beta[at_.lane] = at_.lane < rows ? fast_beta_activation(beta, p_.beta_mode) : 0.f;
   }
 
   // k_bar, k_tilde, q_bar and, unless the gate is steep, k / exp(G).
@@ -463,6 +507,9 @@ class Producer {
 
   // A with beta and the norms, and M as the chain reads it, both strictly lower.
   __device__ __forceinline__ void store_products(Slot<Cfg>* slot, const float (&d)[4]) const {
+    if (at_.warp == 3 && at_.lane < kChunk) {
+      slot->T_diagonal[at_.lane] = slot->rk[at_.lane] * slot->beta[at_.lane];
+    }
     const int j = at_.fragment_column(0);
     const float rk0 = slot->rk[j], rk1 = slot->rk[j + 1];
 #pragma unroll
@@ -481,38 +528,6 @@ class Producer {
     }
   }
 
-  // T = diag(rk) (I + A)^-1 diag(beta) by one warp, a lane a column, each column twice.
-  __device__ __forceinline__ void invert(Slot<Cfg>* slot) const {
-    const int column = at_.lane % kChunk;
-    float x[kChunk];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) x[i] = i == column ? 1.f : 0.f;
-    // Once x[j] is known, it is taken from all later rows at once: their updates do not wait for
-    // each other.
-#pragma unroll
-    for (int j = 0; j < kChunk - 1; ++j) {
-#pragma unroll
-      for (int i = (j + 1) / 4 * 4; i < kChunk; i += 4) {
-        const float4 A = *reinterpret_cast<const float4*>(slot->A + j * kAStride + i);
-        if (i > j) x[i] -= A.x * x[j];
-        if (i + 1 > j) x[i + 1] -= A.y * x[j];
-        if (i + 2 > j) x[i + 2] -= A.z * x[j];
-        x[i + 3] -= A.w * x[j];
-      }
-    }
-    const float beta = slot->beta[column];
-    if (at_.lane < kChunk) slot->T_diagonal[column] = slot->rk[column] * beta;
-    const bool upper = at_.lane >= kChunk;  // lanes 0-15 store rows 0-7, lanes 16-31 rows 8-15
-#pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i) {
-      const int row = upper ? i + 8 : i;
-      const float low = x[i], high = x[i + 8];
-      const float t = row == column ? 0.f : slot->rk[row] * (upper ? high : low) * beta;
-      *reinterpret_cast<Elem*>(reinterpret_cast<char*>(slot->T) + square_offset(row, column / 8) +
-                               (column % 8) * 2) = Traits::from_float(t);
-    }
-  }
-
   __device__ __forceinline__ void make(int chunk, const RingPosition& position, int turn,
                                        uint32_t beta) const {
     Slot<Cfg>* slot = slot_at<Cfg>(smem_, position.slot);
@@ -521,6 +536,8 @@ class Producer {
     ptx::mbarrier_wait_idle(&barriers->empty[position.slot], position.parity ^ 1);
     ptx::mbarrier_wait_idle(&barriers->raw[position.slot], position.parity);
 
+    store_dots(slot);
+    store_beta(slot, rows, beta);
     float e[kSpan][2];
     load_decays(e, slot->g, rows);
     float span_decay[kSpans][2], before[2], after[2], decay[2];
@@ -543,9 +560,6 @@ class Producer {
     if (at_.span == 0) {
       *reinterpret_cast<float2*>(slot->decay + at_.channel) = make_float2(decay[0], decay[1]);
     }
-    store_dots(slot);
-    store_beta(slot, rows, beta);
-
     // From here on the places of k, q and g may be written.
     steep = ptx::barrier_any(1 + at_.group, kGroupThreads, steep);
     if constexpr (kNarrow) {
@@ -571,9 +585,13 @@ class Producer {
       at_.multiply(d, slot->k_bar, slot->q, slot->k);
     }
     store_products(slot, d);
-    at_.sync();
-    // The warps take turns, and the other three go on to the next chunk.
-    if (at_.warp == turn) invert(slot);
+    if constexpr (Cfg::kInverters > 0) {
+      ptx::mbarrier_arrive(&barriers->triangle[position.slot]);
+    } else {
+      at_.sync();
+      // The warps take turns, and the other three go on to the next chunk.
+      if (at_.warp == turn) invert_triangle(slot->T, slot->A, slot->rk, slot->beta, at_.lane);
+    }
     ptx::mbarrier_arrive(&barriers->full[position.slot]);
   }
 
@@ -587,5 +605,21 @@ class Producer {
   float shift_[2];
   float slope_, factor_;
 };
+
+// A warp of its own for the producers' triangles, chunk by chunk.
+template <class Cfg>
+__device__ __forceinline__ void invert_triangles(const Work& w, const Ring& ring, char* smem,
+                                                 int lane) {
+  Barriers* barriers = barriers_at(smem);
+  RingPosition at(0);
+#pragma unroll 1
+  for (int c = 0; c < w.chunks; ++c) {
+    Slot<Cfg>* slot = slot_at<Cfg>(smem, at.slot);
+    ptx::mbarrier_wait_idle(&barriers->triangle[at.slot], at.parity);
+    invert_triangle(slot->T, slot->A, slot->rk, slot->beta, lane);
+    ptx::mbarrier_arrive(&barriers->full[at.slot]);
+    at.advance(1, ring);
+  }
+}
 
 }  // namespace flashkda::cuda::sm80::prefill
