@@ -19,13 +19,14 @@ struct PrefillConfig {
   using Elem = Elem_;
   static constexpr int K = K_;
   static constexpr int VS = VS_;
-  static constexpr int kChainWarps = VS / 16;           // each owns 16 value columns
-  static constexpr int kProducers = VS == 128 ? 2 : 3;  // 16 warps of 128 registers in all
+  static constexpr int kChainWarps = VS / 16;  // each owns 16 value columns
+  static constexpr int kProducers = 2;
+  // Up to 12 warps may have 168 registers, with which a chain step takes half as long as with 128.
   // Where registers permit, a warp inverts the producers' triangles; elsewhere they do.
   static constexpr int kInverters = VS == 32 ? 1 : 0;
   static constexpr int kThreads = 32 * (kChainWarps + kInverters) + kProducers * kGroupThreads;
   static_assert(K == 64 || K == 128, "a producer's warp owns 16 or 32 channels");
-  static_assert(VS == 32 || VS == 64 || VS == 128, "see the number of producers");
+  static_assert(VS == 32 || VS == 64 || VS == 128, "see the number of registers");
 };
 
 // A is written by eight rows of lanes at once.

@@ -2,7 +2,7 @@
 // V).
 //
 //   chain      VS / 16 warps            S through the chunks             (chain.cuh)
-//   producers  2 or 3 groups of 4 warps loads (loader.cuh), then raw chunks to factors, in turn
+//   producers  2 groups of 4 warps      loads (loader.cuh), then raw chunks to factors, in turn
 //   (producer.cuh)
 //   inverter   with slices of 32 columns a warp  the producers' triangles (producer.cuh)
 //
