@@ -22,9 +22,10 @@ struct PrefillConfig {
   static constexpr int kChainWarps = VS / 16;  // each owns 16 value columns
   static constexpr int kProducers = 2;
   // Up to 12 warps may have 168 registers, with which a chain step takes half as long as with 128.
-  // Where registers permit, a warp inverts the producers' triangles; elsewhere they do.
-  static constexpr int kInverters = VS == 32 ? 1 : 0;
-  static constexpr int kThreads = 32 * (kChainWarps + kInverters) + kProducers * kGroupThreads;
+  // Where registers permit, two warps take the producers' triangles and what comes from q, k and
+  // beta alone; elsewhere they do it.
+  static constexpr int kHelpers = VS == 32 ? 2 : 0;
+  static constexpr int kThreads = 32 * (kChainWarps + kHelpers) + kProducers * kGroupThreads;
   static_assert(K == 64 || K == 128, "a producer's warp owns 16 or 32 channels");
   static_assert(VS == 32 || VS == 64 || VS == 128, "see the number of registers");
 };
@@ -64,6 +65,7 @@ struct alignas(128) Slot {
 
 struct Barriers {
   uint64_t raw[kMaxSlots];       // q, k, g, v have landed
+  uint64_t tokens[kMaxSlots];    // norms, diagonals and beta are there
   uint64_t triangle[kMaxSlots];  // A, beta and rk are there
   uint64_t full[kMaxSlots];      // the factors are there
   uint64_t empty[kMaxSlots];     // the chain has read them

@@ -4,7 +4,7 @@
 //   chain      VS / 16 warps            S through the chunks             (chain.cuh)
 //   producers  2 groups of 4 warps      loads (loader.cuh), then raw chunks to factors, in turn
 //   (producer.cuh)
-//   inverter   with slices of 32 columns a warp  the producers' triangles (producer.cuh)
+//   helpers    with slices of 32 columns 2 warps  norms, diagonals, beta; triangles (producer.cuh)
 //
 //                   raw                       full
 //   global memory ───────► producer c % P ───────────► chain ───► o
@@ -35,15 +35,18 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   // that racecheck follows.
   if (threadIdx.x < ring.slots) {
     ptx::mbarrier_init(&barriers->raw[threadIdx.x], 2 * kGroupThreads);  // cp.async and stores
+    ptx::mbarrier_init(&barriers->tokens[threadIdx.x], 32);
     ptx::mbarrier_init(&barriers->triangle[threadIdx.x], kGroupThreads);
-    ptx::mbarrier_init(&barriers->full[threadIdx.x], kGroupThreads + 32 * Cfg::kInverters);
+    ptx::mbarrier_init(&barriers->full[threadIdx.x], kGroupThreads + (Cfg::kHelpers > 0 ? 32 : 0));
     ptx::mbarrier_init(&barriers->empty[threadIdx.x], 32 * Cfg::kChainWarps);
   }
   __syncthreads();
 
   if (warp < Cfg::kChainWarps) {
     Chain<Cfg>(p, w, ring, smem, warp, lane).run();
-  } else if (Cfg::kInverters > 0 && warp == Cfg::kThreads / 32 - 1) {
+  } else if (Cfg::kHelpers > 0 && warp == Cfg::kThreads / 32 - 2) {
+    make_tokens<Cfg>(p, w, ring, smem, lane);
+  } else if (Cfg::kHelpers > 0 && warp == Cfg::kThreads / 32 - 1) {
     invert_triangles<Cfg>(w, ring, smem, lane);
   } else {
     const int group = (warp - Cfg::kChainWarps) / kGroupWarps;

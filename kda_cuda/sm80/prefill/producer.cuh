@@ -259,6 +259,83 @@ __device__ __noinline__ Quarter multiply_steep(ProducerLane<Cfg> at, Slot<Cfg>* 
   return x;
 }
 
+// What comes from q, k and beta alone, token by token: norms, diagonals, beta.
+template <class Cfg>
+class Tokens {
+  using Elem = typename Cfg::Elem;
+  static constexpr int K = Cfg::K;
+  // fp16 has no range to spare for q and k of any size times a decay: their norms come first, not
+  // last.
+  static constexpr bool kNarrow = std::is_same_v<Elem, __half>;
+
+ public:
+  __device__ Tokens(const Problem& p, const Work& w) : p_(p), w_(w) {
+    beta_ = static_cast<const char*>(p.beta.ptr) +
+            (w.row * p.beta.stride_b + w.begin * p.beta.stride_t + w.hv * p.beta.stride_h) *
+                (p.beta.dtype == DType::kF32 ? 4 : 2);
+  }
+
+  // Of one part of four: the diagonals of q and k times k (parts 0, 1) or of q times q (parts 2,
+  // 3), of eight tokens each, from the raw tiles on the tensor cores: exact products and fp32 sums.
+  __device__ __forceinline__ void store_dots(Slot<Cfg>* slot, int part, int lane) const {
+    const int first = part % 2 * 8;
+    const bool by_k = part < 2;
+    const LanePosition at_b = by_piece(lane);
+    // Rows 0-7 of the left operand are q's tokens and rows 8-15 k's.
+    const char* left = reinterpret_cast<const char*>(lane & 8 ? slot->k : slot->q);
+    const char* right = reinterpret_cast<const char*>(by_k ? slot->k : slot->q);
+    float d[4] = {}, odd[4] = {};
+#pragma unroll
+    for (int kk = 0; kk < K / 16; kk += 2) {
+      uint32_t a0[4], a1[4], b[4];
+      ldmatrix(a0, left + tile_offset<K>(first + lane % 8, 2 * kk + lane / 16));
+      ldmatrix(a1, left + tile_offset<K>(first + lane % 8, 2 * kk + 2 + lane / 16));
+      ldmatrix(b, right + tile_offset<K>(first + at_b.row, 2 * kk + at_b.piece));
+      mma<Elem>(d, a0, b[0], b[1]);
+      mma<Elem>(odd, a1, b[2], b[3]);
+    }
+    if (lane % 4 != lane / 8) return;  // the others have no diagonal element
+    const int t = first + lane / 4, i = lane / 4 % 2;
+    const float of_q = i == 0 ? d[0] + odd[0] : d[1] + odd[1];
+    const float of_k = i == 0 ? d[2] + odd[2] : d[3] + odd[3];
+    const float norm = p_.l2norm ? ptx::rsqrt((by_k ? of_k : of_q) + 1e-6f) : 1.f;
+    const float left_over = kNarrow ? 1.f : norm;
+    if constexpr (kNarrow) (by_k ? slot->norm_k : slot->norm_q)[t] = norm;
+    if (by_k) {
+      slot->M_diagonal[t] = of_q;
+      slot->rk[t] = left_over;
+    } else {
+      slot->rq[t] = p_.scale * left_over;
+    }
+  }
+
+  // The bits of token lane's beta. Nothing waits for them before store_beta.
+  __device__ __forceinline__ uint32_t load_beta(int64_t chunk, int lane) const {
+    const int64_t t = chunk * kChunk + lane;
+    if (lane >= kChunk || t >= w_.tokens) return 0;
+    const int64_t i = t * p_.beta.stride_t;
+    if (p_.beta.dtype == DType::kF32) return reinterpret_cast<const uint32_t*>(beta_)[i];
+    return reinterpret_cast<const uint16_t*>(beta_)[i];
+  }
+
+  __device__ __forceinline__ void store_beta(Slot<Cfg>* slot, int rows, uint32_t bits,
+                                             int lane) const {
+    if (lane >= kChunk) return;
+    float beta = __uint_as_float(bits);
+    if (p_.beta.dtype == DType::kBF16) {
+      beta = ElementTraits<__nv_bfloat16>::unpack(bits).x;
+    } else if (p_.beta.dtype == DType::kF16) {
+      beta = ElementTraits<__half>::unpack(bits).x;
+    }
+    slot->beta[lane] = lane < rows ? fast_beta_activation(beta, p_.beta_mode) : 0.f;
+  }
+
+ private:
+  const Problem& p_;
+  const Work& w_;
+  const char* beta_;  // of the sequence's first token
+};
+
 template <class Cfg>
 class Producer {
   using Elem = typename Cfg::Elem;
@@ -275,10 +352,13 @@ class Producer {
  public:
   __device__ Producer(const Problem& p, const Work& w, const Ring& ring, char* smem, int group,
                       int warp, int lane)
-      : loader_(p, w, warp, lane), p_(p), w_(w), ring_(ring), smem_(smem), at_(group, warp, lane) {
-    beta_ = static_cast<const char*>(p.beta.ptr) +
-            (w.row * p.beta.stride_b + w.begin * p.beta.stride_t + w.hv * p.beta.stride_h) *
-                (p.beta.dtype == DType::kF32 ? 4 : 2);
+      : loader_(p, w, warp, lane),
+        tokens_(p, w),
+        p_(p),
+        w_(w),
+        ring_(ring),
+        smem_(smem),
+        at_(group, warp, lane) {
     load_gate_constants();
   }
 
@@ -312,6 +392,11 @@ class Producer {
     Barriers* barriers = barriers_at(smem_);
     ptx::mbarrier_wait_idle(&barriers->empty[position.slot], position.parity ^ 1);
     loader_.load(slot_at<Cfg>(smem_, position.slot), chunk, &barriers->raw[position.slot]);
+  }
+
+  // For the warp that stores it.
+  __device__ __forceinline__ uint32_t load_beta(int chunk) const {
+    return Cfg::kHelpers > 0 || at_.warp != 0 ? 0 : tokens_.load_beta(chunk, at_.lane);
   }
 
   __device__ __forceinline__ void load_gate_constants() {
@@ -400,41 +485,6 @@ class Producer {
     }
   }
 
-  // The norms of q and k and their products, token by token: the diagonals of q and k times k
-  // (warps 0, 1) and of q times q (warps 2, 3), of eight tokens each, from the raw tiles on the
-  // tensor cores: exact products and fp32 sums.
-  __device__ __forceinline__ void store_dots(Slot<Cfg>* slot) const {
-    const int lane = ptx::opaque_lane(at_.lane), first = at_.warp % 2 * 8;
-    const bool by_k = at_.warp < 2;
-    const LanePosition at_b = by_piece(lane);
-    // Rows 0-7 of the left operand are q's tokens and rows 8-15 k's.
-    const char* left = reinterpret_cast<const char*>(lane & 8 ? slot->k : slot->q);
-    const char* right = reinterpret_cast<const char*>(by_k ? slot->k : slot->q);
-    float d[4] = {}, odd[4] = {};
-#pragma unroll
-    for (int kk = 0; kk < K / 16; kk += 2) {
-      uint32_t a0[4], a1[4], b[4];
-      ldmatrix(a0, left + tile_offset<K>(first + lane % 8, 2 * kk + lane / 16));
-      ldmatrix(a1, left + tile_offset<K>(first + lane % 8, 2 * kk + 2 + lane / 16));
-      ldmatrix(b, right + tile_offset<K>(first + at_b.row, 2 * kk + at_b.piece));
-      mma<Elem>(d, a0, b[0], b[1]);
-      mma<Elem>(odd, a1, b[2], b[3]);
-    }
-    if (lane % 4 != lane / 8) return;  // the others have no diagonal element
-    const int t = first + lane / 4, i = lane / 4 % 2;
-    const float of_q = i == 0 ? d[0] + odd[0] : d[1] + odd[1];
-    const float of_k = i == 0 ? d[2] + odd[2] : d[3] + odd[3];
-    const float norm = p_.l2norm ? ptx::rsqrt((by_k ? of_k : of_q) + 1e-6f) : 1.f;
-    const float left_over = kNarrow ? 1.f : norm;
-    if constexpr (kNarrow) (by_k ? slot->norm_k : slot->norm_q)[t] = norm;
-    if (by_k) {
-      slot->M_diagonal[t] = of_q;
-      slot->rk[t] = left_over;
-    } else {
-      slot->rq[t] = p_.scale * left_over;
-    }
-  }
-
   // The lane's own channels of k and q over their norms, in place, and the products of q and k.
   __device__ __forceinline__ void normalise(Slot<Cfg>* slot) const {
     if (at_.warp == 0 && at_.lane < kChunk) {
@@ -447,27 +497,6 @@ class Producer {
       *at_.at(slot->k, i) = Lane::scaled(*at_.at(slot->k, i), rk, rk);
       *at_.at(slot->q, i) = Lane::scaled(*at_.at(slot->q, i), rq, rq);
     }
-  }
-
-  // The bits of token lane's beta, for the warp that stores it. Nothing waits for them before
-  // store_beta.
-  __device__ __forceinline__ uint32_t load_beta(int64_t chunk) const {
-    const int64_t t = chunk * kChunk + at_.lane;
-    if (at_.warp != 0 || at_.lane >= kChunk || t >= w_.tokens) return 0;
-    const int64_t i = t * p_.beta.stride_t;
-    if (p_.beta.dtype == DType::kF32) return reinterpret_cast<const uint32_t*>(beta_)[i];
-    return reinterpret_cast<const uint16_t*>(beta_)[i];
-  }
-
-  __device__ __forceinline__ void store_beta(Slot<Cfg>* slot, int rows, uint32_t bits) const {
-    if (at_.warp != 0 || at_.lane >= kChunk) return;
-    float beta = __uint_as_float(bits);
-    if (p_.beta.dtype == DType::kBF16) {
-      beta = ElementTraits<__nv_bfloat16>::unpack(bits).x;
-    } else if (p_.beta.dtype == DType::kF16) {
-      beta = ElementTraits<__half>::unpack(bits).x;
-    }
-    slot->beta[at_.lane] = at_.lane < rows ? fast_beta_activation(beta, p_.beta_mode) : 0.f;
   }
 
   // k_bar, k_tilde, q_bar and, unless the gate is steep, k / exp(G).
@@ -536,8 +565,10 @@ class Producer {
     ptx::mbarrier_wait_idle(&barriers->empty[position.slot], position.parity ^ 1);
     ptx::mbarrier_wait_idle(&barriers->raw[position.slot], position.parity);
 
-    store_dots(slot);
-    store_beta(slot, rows, beta);
+    if constexpr (Cfg::kHelpers == 0) {
+      tokens_.store_dots(slot, at_.warp, ptx::opaque_lane(at_.lane));
+      if (at_.warp == 0) tokens_.store_beta(slot, rows, beta, at_.lane);
+    }
     float e[kSpan][2];
     load_decays(e, slot->g, rows);
     float span_decay[kSpans][2], before[2], after[2], decay[2];
@@ -561,6 +592,9 @@ class Producer {
       *reinterpret_cast<float2*>(slot->decay + at_.channel) = make_float2(decay[0], decay[1]);
     }
     // From here on the places of k, q and g may be written.
+    if constexpr (Cfg::kHelpers > 0) {
+      ptx::mbarrier_wait(&barriers->tokens[position.slot], position.parity);
+    }
     steep = ptx::barrier_any(1 + at_.group, kGroupThreads, steep);
     if constexpr (kNarrow) {
       if (p_.l2norm) normalise(slot);
@@ -585,7 +619,7 @@ class Producer {
       at_.multiply(d, slot->k_bar, slot->q, slot->k);
     }
     store_products(slot, d);
-    if constexpr (Cfg::kInverters > 0) {
+    if constexpr (Cfg::kHelpers > 0) {
       ptx::mbarrier_arrive(&barriers->triangle[position.slot]);
     } else {
       at_.sync();
@@ -596,15 +630,38 @@ class Producer {
   }
 
   Loader<Cfg> loader_;
+  Tokens<Cfg> tokens_;
   const Problem& p_;
   const Work& w_;
   const Ring& ring_;
   char* smem_;
   Lane at_;
-  const char* beta_;  // of the sequence's first token
   float shift_[2];
   float slope_, factor_;
 };
+
+// A warp of its own for what comes from q, k and beta alone, chunk by chunk.
+template <class Cfg>
+__device__ __forceinline__ void make_tokens(const Problem& p, const Work& w, const Ring& ring,
+                                            char* smem, int lane) {
+  const Tokens<Cfg> tokens(p, w);
+  Barriers* barriers = barriers_at(smem);
+  RingPosition at(0);
+  uint32_t next_beta = tokens.load_beta(0, lane);
+#pragma unroll 1
+  for (int c = 0; c < w.chunks; ++c) {
+    Slot<Cfg>* slot = slot_at<Cfg>(smem, at.slot);
+    const uint32_t beta = next_beta;
+    next_beta = tokens.load_beta(c + 1, lane);
+    const int rows = static_cast<int>(min(w.tokens - int64_t{c} * kChunk, int64_t{kChunk}));
+    ptx::mbarrier_wait_idle(&barriers->raw[at.slot], at.parity);
+#pragma unroll
+    for (int part = 0; part < 4; ++part) tokens.store_dots(slot, part, lane);
+    tokens.store_beta(slot, rows, beta, lane);
+    ptx::mbarrier_arrive(&barriers->tokens[at.slot]);
+    at.advance(1, ring);
+  }
+}
 
 // A warp of its own for the producers' triangles, chunk by chunk.
 template <class Cfg>

@@ -13,7 +13,7 @@ static_assert(kChunk == kWorkChunk);
 // A slot of the ring and the parity of its current use; chunk c uses slot c % slots.
 //
 // A wait on a parity is only sound if the barrier is not a whole phase further behind. For the
-// chain and the inverter, which take all chunks in turn, it never is. A producer of chunk c waits
+// chain and the helpers, which take all chunks in turn, it never is. A producer of chunk c waits
 // for the chain to have read chunk c - slots (empty) before it waits for c's own loads (raw), so
 // that raw is not behind; and it has made chunk c - producers, whose loads began after the chain
 // had read c - producers - slots, so that neither empty is, for c as for the later chunk c + ahead
