@@ -20,8 +20,8 @@ struct PrefillConfig {
   static constexpr int K = K_;
   static constexpr int VS = VS_;
   static constexpr int kChainWarps = VS / 16;  // each owns 16 value columns
-  static constexpr int kProducers = 2;
-  // Up to 12 warps may have 168 registers, with which a chain step takes half as long as with 128.
+  // Three keep up with slices of 64 columns. Otherwise two: up to 12 warps may have 168 registers.
+  static constexpr int kProducers = VS == 64 ? 3 : 2;
   // Where registers permit, two warps take the producers' triangles and what comes from q, k and
   // beta alone; elsewhere they do it.
   static constexpr int kHelpers = VS == 32 ? 2 : 0;
