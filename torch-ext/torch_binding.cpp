@@ -6,6 +6,7 @@
 
 #include "../kda_cpu/kda_cpu.h"
 #include "registration.h"
+#include "repeat.h"
 #if defined(CUDA_KERNEL)
 #include "../kda_cuda/api/kda_api.h"
 #endif
@@ -111,6 +112,46 @@ Threads torch_threads() {
           }};
 }
 
+// The call that p describes, its tensors elsewhere.
+Problem moved(Problem p, const Addresses& x) {
+  p.q.data = x.q;
+  p.k.data = x.k;
+  p.v.data = x.v;
+  p.g.data = x.g;
+  p.beta.data = x.beta;
+  p.o.data = x.o;
+  p.A_log = static_cast<const float*>(x.A_log);
+  p.dt_bias = static_cast<const float*>(x.dt_bias);
+  p.cu_seqlens.data = x.cu_seqlens;
+  p.initial_state.data = x.initial_state;
+  p.final_state.data = x.final_state;
+  p.state_indices.data = x.state_indices;
+  return p;
+}
+
+Pool moved(Pool pool, const Addresses& x) {
+  pool.state_indices.data = x.state_indices;
+  pool.num_accepted_tokens.data = x.num_accepted_tokens;
+  return pool;
+}
+
+void run_chunk(const Problem& p) { implementations().front().chunk_kda_fwd(p, torch_threads()); }
+
+void run_recurrent(const Problem& p, const Pool& pool) {
+  implementations().front().recurrent_kda_fwd(p, pool, torch_threads());
+}
+
+void chunk(const Problem& p) {
+  run_chunk(p);
+  if (p.checkpoints.states.data != nullptr) return;  // `moved` does not know their tensors
+  remember([p](const Addresses& x) { run_chunk(moved(p, x)); });
+}
+
+void recurrent(const Problem& p, const Pool& pool) {
+  run_recurrent(p, pool);
+  remember([p, pool](const Addresses& x) { run_recurrent(moved(p, x), moved(pool, x)); });
+}
+
 }  // namespace
 
 void chunk_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
@@ -128,7 +169,7 @@ void chunk_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   p.state_indices = indices(state_indices);
   p.checkpoints = checkpoints_of(checkpoint_states, checkpoint_offsets, checkpoint_indices,
                                  checkpoint_interval);
-  implementations().front().chunk_kda_fwd(p, torch_threads());
+  chunk(p);
 }
 
 void chunk_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
@@ -147,7 +188,7 @@ void chunk_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const
   p.in_place = true;
   p.checkpoints = checkpoints_of(checkpoint_states, checkpoint_offsets, checkpoint_indices,
                                  checkpoint_interval);
-  implementations().front().chunk_kda_fwd(p, torch_threads());
+  chunk(p);
 }
 
 void recurrent_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
@@ -162,8 +203,7 @@ void recurrent_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const 
   const Problem p =
       problem_of(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o, final_state, scale,
                  gate, lower_bound, beta_mode, l2norm, state_v_first);
-  implementations().front().recurrent_kda_fwd(p, pool_of(state_indices, num_accepted_tokens, false),
-                                              torch_threads());
+  recurrent(p, pool_of(state_indices, num_accepted_tokens, false));
 }
 
 void recurrent_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
@@ -176,8 +216,7 @@ void recurrent_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, c
                             bool l2norm, bool state_v_first) {
   const Problem p = problem_of(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, o, state, scale,
                                gate, lower_bound, beta_mode, l2norm, state_v_first);
-  implementations().front().recurrent_kda_fwd(p, pool_of(state_indices, num_accepted_tokens, true),
-                                              torch_threads());
+  recurrent(p, pool_of(state_indices, num_accepted_tokens, true));
 }
 
 }  // namespace flashkda::cpu
@@ -226,5 +265,3 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("recurrent_kda_pool_fwd", TORCH_BOX(&flashkda::cuda::recurrent_kda_pool_fwd));
 }
 #endif
-
-REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

@@ -24,10 +24,16 @@ cudaError_t dispatch(const Problem& p, const Target& target, cudaStream_t stream
   return sm80::prefill::launch(p, target, stream);
 }
 
-void run(const Problem& p, const Tensor& q) {
-  const Launch launch(q);
-  check_launch(dispatch(p, target_of(launch.device()), launch.stream()), "chunk_kda",
-               launch.device());
+void run(const Problem& p, int device) {
+  const Launch launch(device);
+  check_launch(dispatch(p, target_of(device), launch.stream()), "chunk_kda", device);
+}
+
+void chunk(const Problem& p, const Tensor& q) {
+  const int device = q.get_device_index();
+  run(p, device);
+  if (p.checkpoints.states.ptr != nullptr) return;  // `moved` does not know their tensors
+  remember([p, device](const Addresses& x) { run(moved(p, x), device); });
 }
 
 }  // namespace
@@ -47,7 +53,7 @@ void chunk_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   p.state_indices = to_index_tensor(state_indices);
   p.checkpoints = to_checkpoints(checkpoint_states, checkpoint_offsets, checkpoint_indices,
                                  checkpoint_interval);
-  run(p, q);
+  chunk(p, q);
 }
 
 void chunk_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
@@ -66,7 +72,7 @@ void chunk_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const
   p.in_place = true;
   p.checkpoints = to_checkpoints(checkpoint_states, checkpoint_offsets, checkpoint_indices,
                                  checkpoint_interval);
-  run(p, q);
+  chunk(p, q);
 }
 
 }  // namespace flashkda::cuda

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "../../torch-ext/repeat.h"
 #include "../common/params.h"
 
 // The shim declares it only where USE_CUDA is defined, which the stable ABI's compile flags do not
@@ -22,21 +23,18 @@ namespace flashkda::cuda {
 
 using torch::stable::Tensor;
 
-// Makes a tensor's device current for a scope and holds that device's current stream.
+// Makes a device current for a scope and holds that device's current stream.
 class __attribute__((visibility("hidden"))) Launch {
  public:
-  explicit Launch(const Tensor& tensor)
-      : device_(tensor.get_device_index()), guard_(tensor.get_device_index()) {
+  explicit Launch(int device) : guard_(device) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  int device() const { return device_; }
   cudaStream_t stream() const { return stream_; }
 
  private:
-  int device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
@@ -137,6 +135,23 @@ inline Problem to_problem(const Tensor& q, const Tensor& k, const Tensor& v, con
   p.lower_bound = static_cast<float>(lower_bound);
   p.beta_mode = static_cast<BetaMode>(beta_mode);
   p.l2norm = l2norm;
+  return p;
+}
+
+// The call that p describes, its tensors elsewhere.
+inline Problem moved(Problem p, const Addresses& x) {
+  p.q.ptr = x.q;
+  p.k.ptr = x.k;
+  p.v.ptr = x.v;
+  p.g.ptr = x.g;
+  p.beta.ptr = x.beta;
+  p.o.ptr = x.o;
+  p.A_log = static_cast<const float*>(x.A_log);
+  p.dt_bias = static_cast<const float*>(x.dt_bias);
+  p.cu_seqlens = x.cu_seqlens;
+  p.initial_state.ptr = x.initial_state;
+  p.final_state.ptr = x.final_state;
+  p.state_indices.ptr = x.state_indices;
   return p;
 }
 

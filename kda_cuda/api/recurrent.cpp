@@ -28,10 +28,21 @@ Pool to_pool(const std::optional<Tensor>& state_indices,
   return pool;
 }
 
-void run(const Problem& p, const Pool& pool, const Tensor& q) {
-  const Launch launch(q);
-  check_launch(sm80::decode::launch(p, pool, launch.stream()), "fused_recurrent_kda",
-               launch.device());
+Pool moved(Pool pool, const Addresses& x) {
+  pool.state_indices = x.state_indices;
+  pool.num_accepted_tokens = x.num_accepted_tokens;
+  return pool;
+}
+
+void run(const Problem& p, const Pool& pool, int device) {
+  const Launch launch(device);
+  check_launch(sm80::decode::launch(p, pool, launch.stream()), "fused_recurrent_kda", device);
+}
+
+void recurrent(const Problem& p, const Pool& pool, const Tensor& q) {
+  const int device = q.get_device_index();
+  run(p, pool, device);
+  remember([p, pool, device](const Addresses& x) { run(moved(p, x), moved(pool, x), device); });
 }
 
 }  // namespace
@@ -48,7 +59,7 @@ void recurrent_kda_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const 
   const Problem p =
       to_problem(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, o, final_state, scale,
                  gate, lower_bound, beta_mode, l2norm, state_v_first);
-  run(p, to_pool(state_indices, num_accepted_tokens, false), q);
+  recurrent(p, to_pool(state_indices, num_accepted_tokens, false), q);
 }
 
 void recurrent_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
@@ -61,7 +72,7 @@ void recurrent_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, c
                             bool l2norm, bool state_v_first) {
   const Problem p = to_problem(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, o, state, scale,
                                gate, lower_bound, beta_mode, l2norm, state_v_first);
-  run(p, to_pool(state_indices, num_accepted_tokens, true), q);
+  recurrent(p, to_pool(state_indices, num_accepted_tokens, true), q);
 }
 
 }  // namespace flashkda::cuda

@@ -74,16 +74,22 @@ def new_output(v: Tensor) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
+def final_state_of(call, q: Tensor, v: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the final state of a checked call."""
+    shape = final_state_shape(q, v, call.N, call.how[-1])
+    return shape, _final_state_dtype(q, call.initial_state)
+
+
 def new_final_state(call, q: Tensor, v: Tensor) -> Tensor:
     """An uninitialised final state for a checked call."""
-    shape = final_state_shape(q, v, call.N, call.how[-1])
-    return q.new_empty(shape, dtype=_final_state_dtype(q, call.initial_state))
+    shape, dtype = final_state_of(call, q, v)
+    return q.new_empty(shape, dtype=dtype)
 
 
 def new_checkpoints(call, q: Tensor, v: Tensor, C: int) -> Tensor:
     """Uninitialised states [N, C, HV, K, V], or [.., V, K], of the final state's dtype."""
-    shape = final_state_shape(q, v, call.N, call.how[-1])
-    return q.new_empty((call.N, C, *shape[1:]), dtype=_final_state_dtype(q, call.initial_state))
+    shape, dtype = final_state_of(call, q, v)
+    return q.new_empty((call.N, C, *shape[1:]), dtype=dtype)
 
 
 def new_intermediate_states(call, q: Tensor, v: Tensor) -> Tensor:

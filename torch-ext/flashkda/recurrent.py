@@ -83,22 +83,24 @@ def fused_recurrent_kda(
             ABSENT[5] if num_accepted_tokens is None else num_accepted_tokens,
             ABSENT[6] if out is None else out,
         )  # fmt: skip
-        flags = (
+        options = (
             output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
             use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, inplace_final_state,
-            transpose_state_layout,
+            transpose_state_layout, scale, lower_bound,
         )  # fmt: skip
-        numbers = (scale, lower_bound)
-        known = _recent.find(tensors, flags, numbers)
+        known = _recent.find(tensors, options)
         if known is not None:
-            how, N = known
-            call = arguments.Call(
-                (q, k, v, g, beta, A_log, dt_bias), initial_state, how, N, gradient=False
-            )
-            return _run(
-                call, cu_seqlens, ssm_state_indices, num_accepted_tokens, out, output_final_state,
-                inplace_final_state,
+            o = ops.new_output(v) if out is None else out
+            final_state = None
+            if inplace_final_state:
+                final_state = initial_state
+            elif output_final_state:
+                final_state = q.new_empty(known.state_shape, dtype=known.state_dtype)
+            known.again(
+                q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, ssm_state_indices,
+                num_accepted_tokens, o, final_state,
             )  # fmt: skip
+            return o, final_state
     if transpose_state_layout is not None:
         state_v_first = arguments.resolve_state_layout(state_v_first, transpose_state_layout)
     call = arguments.check_recurrent_call(
@@ -108,38 +110,18 @@ def fused_recurrent_kda(
     )  # fmt: skip
     if call.gradient or q.dtype == torch.float64:
         return ops.functional(call, cu_seqlens, out, output_final_state)
-    if not compiling:
-        # Only where the op takes all as it was given: a copy must be made anew.
-        given = (q, k, v, g, beta, A_log, dt_bias, initial_state)
-        if all(x is y for x, y in zip(given, (*call.inputs, call.initial_state))):
-            _recent.keep(tensors, flags, numbers, (call.how, call.N))
-    return _run(
-        call, cu_seqlens, ssm_state_indices, num_accepted_tokens, out, output_final_state,
-        inplace_final_state,
-    )  # fmt: skip
-
-
-def _run(
-    call, cu_seqlens, ssm_state_indices, num_accepted_tokens, out, output_final_state,
-    inplace_final_state,
-):  # fmt: skip
-    """A checked call."""
-    inputs, initial_state = call.inputs, call.initial_state
-    q, v = inputs[0], inputs[2]
     o = ops.new_output(v) if out is None else out
+    rows = (cu_seqlens, ssm_state_indices, num_accepted_tokens)
     if inplace_final_state:
-        ops.recurrent_kda_pool_fwd(
-            *inputs,
-            initial_state,
-            cu_seqlens,
-            ssm_state_indices,
-            num_accepted_tokens,
-            o,
-            *call.how,
-        )
-        return o, initial_state
-    final_state = ops.new_final_state(call, q, v) if output_final_state else None
-    ops.recurrent_kda_fwd(
-        *inputs, initial_state, cu_seqlens, ssm_state_indices, None, o, final_state, *call.how
-    )
+        final_state = initial_state
+        op = ops.recurrent_kda_pool_fwd
+        given = (*call.inputs, initial_state, *rows, o, *call.how)
+    else:
+        final_state = ops.new_final_state(call, q, v) if output_final_state else None
+        op = ops.recurrent_kda_fwd
+        given = (*call.inputs, call.initial_state, *rows, o, final_state, *call.how)
+    if compiling:
+        op(*given)
+    else:
+        _recent.call(op, given, tensors, options, *ops.final_state_of(call, q, v))
     return o, final_state
