@@ -55,7 +55,7 @@ SUITES = {
         lambda contender, inputs: contender.prefill(inputs),
         lambda inputs: inputs.token_bytes,
         32,
-        lambda case: cases.GATES if case.name in cases.EVERY_GATE else ("fast", "slow"),
+        lambda case: cases.GATES if case.name in cases.EVERY_GATE else cases.BOUNDED,
     ),
     # Tokens are left out of the floor: 1 % of the states.
     "decode": Suite(
@@ -74,7 +74,7 @@ SUITES = {
 def arguments() -> argparse.Namespace:
     parser = report.parser(__doc__)
     more, limit = parser.add_argument, "seconds a measurement (default 0.15)"
-    gates = "default: fast and slow, for two cases softplus and given too; decode: fast"
+    gates = "default: fast and slow, for two cases all; decode: fast"
     more("--suite", choices=SUITES, default="prefill")
     more("--quick", action="store_true", help="a few cases instead of the whole table")
     more("--case", action="append", default=[], help='one more case, e.g. "H=96 1x8192"')
@@ -103,7 +103,7 @@ def reference(x: cases.Inputs, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
     return kda_float64(
         *(x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, x.initial_state, x.cu_seqlens),
         scale=x.scale,
-        gate={"given": 0, "softplus": 1}.get(x.gate, 2),
+        gate=0 if x.gate in cases.GIVEN else 2 if x.bounded else 1,
         lower_bound=x.lower_bound,
         beta_mode=1,
         l2norm=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -11,11 +12,21 @@ K = V = 128
 LOWER_BOUND = -5.0
 MIXED = (1300, 547, 2048, 963, 271, 3063)
 
-# How g is made of the inputs. "fast" and "slow" are the bounded gate, "softplus" is the gate of
-# Kimi-Linear-48B and "given" hands over that gate's log decay in fp32, as transformers does.
-GATES = ("fast", "slow", "softplus", "given")
+# How g is made of the inputs. "fast" and "slow" are the bounded gate; "softplus" is the gate of
+# Kimi-Linear-48B with the weights that its training starts from; "given" hands over that gate's log
+# decay in fp32, as transformers does, and "steep" too, with every eighth channel at -30 to -200.
+GATES = ("fast", "slow", "softplus", "given", "steep")
+BOUNDED = ("fast", "slow")
+GIVEN = ("given", "steep")
 # Takes the mean log decay of the bounded gate from -2.5 to about -0.05 a token.
 SLOW_SHIFT = 6.5
+# Spread of the bounded gate's dt_bias: every channel's mean log decay is near -2.5.
+BIAS_SPREAD = 0.1
+# What flash-linear-attention starts from: exp(A_log), and softplus(dt_bias), log-uniform.
+RATES = (1.0, 16.0)
+STEPS = (1e-3, 1e-1)
+STEEP = (30.0, 200.0)
+STEEP_CHANNELS = slice(None, None, 8)
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ class Inputs:
     q: torch.Tensor  # [B, T, H, K] bf16, not normalised
     k: torch.Tensor
     v: torch.Tensor
-    g: torch.Tensor  # [B, T, H, K] bf16 before the gate's activation; fp32 log decay for "given"
+    g: torch.Tensor  # [B, T, H, K] bf16 before the gate's activation; fp32 log decay if GIVEN
     beta: torch.Tensor  # [B, T, H] bf16 logits
     A_log: torch.Tensor  # [H] fp32
     dt_bias: torch.Tensor  # [H, K] fp32
@@ -149,7 +160,7 @@ class Inputs:
 
     @property
     def bounded(self) -> bool:
-        return self.gate in ("fast", "slow")
+        return self.gate in BOUNDED
 
     @property
     def token_bytes(self) -> int:
@@ -177,16 +188,25 @@ def make_inputs(case: Case, gate: str, device: str, seed: int = 0) -> Inputs:
     def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
+    def uniform(size: int, low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(size, generator=generator, device=device)
+
     T, H, N = case.tokens, case.heads, len(case.seqlens)
     q, k, v, g = (randn(1, T, H, K) for _ in range(4))
     beta = randn(1, T, H)
-    A_log = 0.4 * randn(H, dtype=torch.float32)
-    dt_bias = randn(H, K, dtype=torch.float32)
-    if gate == "slow":
-        dt_bias -= SLOW_SHIFT
-    elif gate == "given":
-        g = softplus_gate(g, A_log, dt_bias)
-    elif gate not in GATES:
+    if gate in BOUNDED:
+        A_log = 0.4 * randn(H, dtype=torch.float32)
+        dt_bias = BIAS_SPREAD * randn(H, K, dtype=torch.float32)
+        dt_bias -= SLOW_SHIFT if gate == "slow" else 0.0
+    elif gate in GATES:
+        A_log = uniform(H, *RATES).log()
+        dt_bias = uniform(H * K, *map(math.log, STEPS)).exp().expm1().log().reshape(H, K)
+        if gate in GIVEN:
+            g = softplus_gate(g, A_log, dt_bias)
+        if gate == "steep":
+            steep = g[..., STEEP_CHANNELS]
+            steep.copy_(-uniform(steep.numel(), *STEEP).reshape(steep.shape))
+    else:
         raise ValueError(f"gate is {gate!r}; choose one of {', '.join(GATES)}")
     cu_seqlens = None
     if N > 1:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .cases import Case, Inputs
+from .cases import BOUNDED, GIVEN, Case, Inputs
 
 REPO_ID = "moonshot/flashkda"
 PORTABLE = "FLASHKDA_PORTABLE"
@@ -121,7 +121,7 @@ def fla_arguments(x: Inputs) -> dict[str, Any]:
         use_beta_sigmoid_in_kernel=True,
         cu_seqlens=x.cu_seqlens,
     )
-    if x.gate != "given":
+    if x.gate not in GIVEN:
         arguments |= dict(use_gate_in_kernel=True, A_log=x.A_log, dt_bias=x.dt_bias.flatten())
     if x.bounded:
         arguments |= dict(safe_gate=True, lower_bound=x.lower_bound)
@@ -157,7 +157,7 @@ class Fla(Contender):
         for case, gate in points:
             # What the two bounded gates run is the same.
             if gate != "slow" or (case, "fast") not in points:
-                key = (case.heads, len(case.seqlens) > 1, gate in ("fast", "slow"))
+                key = (case.heads, len(case.seqlens) > 1, gate in BOUNDED)
                 groups.setdefault(key, []).append(f"{case.name}: {gate}")
         benchmarks = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         command = [sys.executable, "-c", _COMPILE_FLA, benchmarks]
