@@ -2,8 +2,9 @@
 
 `make demo` runs it. The model is the real `KimiLinearForCausalLM` (KDA and MLA layers, short
 convolution, mixture of experts), small and with random weights, so the text is noise; what counts is
-that it is the same noise as with transformers' own layers. Exits with status 1 if it is not: a token
-may differ only where transformers' own two best logits are equal within rounding.
+that it is the same noise as with transformers' own layers. On a GPU it does so once more with every
+decoding step replayed as one CUDA graph. Exits with status 1 if it is not: a token may differ only
+where transformers' own two best logits are equal within rounding.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from pathlib import Path
 sys.modules["fla"] = None
 
 import torch
+from captured import Decoder
 from kernels import Mode, get_kernel, kernelize, use_kernel_mapping
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,6 +168,32 @@ def run(model: KimiLinearForCausalLM, ids: Tensor, mask: Tensor, namespace: str,
     return Run(stacked.argmax(-1), stacked.float(), prefill, decode, calls)
 
 
+def run_captured(
+    model: KimiLinearForCausalLM, ids: Tensor, mask: Tensor, namespace: str, what: str
+) -> Run:
+    """As `run`, each step of decoding the replay of one CUDA graph."""
+    say(f"\n{what}")
+    decoder = Decoder(model, ids, mask, NEW_TOKENS)
+    with CountOps(namespace) as ops:
+        decoder.capture()
+
+    def timed(call: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+    prefill = timed(decoder.prefill)
+    logits, steps = [decoder.logits.clone()], []
+    for _ in range(1, NEW_TOKENS):
+        steps.append(timed(decoder.step))
+        logits.append(decoder.logits.clone())
+    decode = statistics.median(steps)
+    say(f"  decode: {decode:.2f} ms a token, all prompts at once")
+    stacked = torch.stack(logits, dim=1)
+    return Run(stacked.argmax(-1), stacked.float(), prefill, decode, ops.calls)
+
+
 def kernelize_with(model: KimiLinearForCausalLM, mapping: dict) -> None:
     """Puts the layers of `mapping` into `model`; an empty one puts transformers' own back."""
     with warnings.catch_warnings(), use_kernel_mapping(mapping, inherit_mapping=False):
@@ -222,6 +251,10 @@ def main() -> int:
     own = run(model, ids, mask, namespace, "With transformers' own layers:")
     kernelize_with(model, {name: {device: Layer(layer)} for name, layer in LAYERS.items()})
     ours = run(model, ids, mask, namespace, "With this package's layers:")
+    captured = None
+    if gpu:
+        what = "With this package's layers, a decoding step as one CUDA graph:"
+        captured = run_captured(model, ids, mask, namespace, what)
     say("\nWho served what:")
     say_who_serves(model)
     say(f"  ops called by a prefill and one decoding step: {dict(ours.calls)}")
@@ -230,7 +263,8 @@ def main() -> int:
     served = sum(ours.calls.values()) == 2 * kda_layers and not own.calls
     highest = own.logits.abs().max().item()
     say("\nResult:")
-    agree, difference = compare(own, ours, rounding=8 * torch.finfo(model.dtype).eps * highest)
+    rounding = 8 * torch.finfo(model.dtype).eps * highest
+    agree, difference = compare(own, ours, rounding)
     equal = int((own.tokens == ours.tokens).sum())
     say(f"  generated tokens equal: {equal} of {ours.tokens.numel()}")
     say(f"  largest difference of logits: {difference:.1e} (of at most {highest:.1f})")
@@ -239,6 +273,17 @@ def main() -> int:
         ("decode, a token", own.decode_ms, ours.decode_ms),
     ):
         say(f"  {name}: {before:.1f} -> {after:.1f} ms, {before / after:.1f} times as fast")
+    if captured is not None:
+        graph_agrees, _ = compare(own, captured, rounding)
+        agree = agree and graph_agrees
+        equal = int((own.tokens == captured.tokens).sum())
+        before, after = ours.decode_ms, captured.decode_ms
+        say(f"  with a CUDA graph: {equal} of {captured.tokens.numel()} tokens equal")
+        say(
+            f"    decode, a token: {before:.1f} -> {after:.2f} ms, {before / after:.1f} times as fast"
+        )
+        # Two warm-ups and the capture; replays are no calls.
+        served = served and captured.calls["recurrent_kda_fwd"] == 3 * kda_layers
     if not served:
         say("  NOT every KDA layer was served by this package")
     return 0 if agree and served else 1
