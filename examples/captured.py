@@ -7,9 +7,23 @@ step can be replayed for every token; the step itself chooses the token and move
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
+
+
+@contextlib.contextmanager
+def _experts_that_do_not_wait(model: PreTrainedModel) -> Iterator[None]:
+    """Of transformers' ways to run experts the one whose launches do not depend on the router."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 class Decoder:
@@ -21,8 +35,6 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, new_tokens: int) -> None:
-        # Of transformers' ways to run experts the one that does not wait for the GPU.
-        model.set_experts_implementation("batched_mm")
         self.model, self.ids, self.mask = model, ids, mask
         B, width = ids.shape
         self.cache = StaticCache(config=model.config, max_cache_len=width + new_tokens)
@@ -76,14 +88,15 @@ class Decoder:
     @torch.no_grad()
     def _step(self) -> None:
         self._seen.index_fill_(3, self._length, 0)
-        output = self.model(
-            input_ids=self.tokens,
-            # As transformers takes it without looking at its values, which would wait for the GPU.
-            attention_mask={"full_attention": self._seen, "linear_attention": None},
-            position_ids=self._length[None],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        with _experts_that_do_not_wait(self.model):
+            output = self.model(
+                input_ids=self.tokens,
+                # As transformers takes it without a look at its values, which would wait as well.
+                attention_mask={"full_attention": self._seen, "linear_attention": None},
+                position_ids=self._length[None],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         self._length.add_(1)
         self._choose(output.logits)
 
