@@ -6,6 +6,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import NamedTuple
 
@@ -112,6 +113,20 @@ def test_copies_are_not_remembered(flashkda, device, function):
         o, _ = function.call(**call)
         assert_close(o, expected(flashkda, call)[0], torch.bfloat16)
     assert not function.remembered
+
+
+def test_threads_repeat_at_the_same_time(device, function):
+    """Python's lock is free meanwhile."""
+    calls = [call_of(device, seed=seed, T=40) for seed in range(4)]
+    results = [function.call(**call) for call in calls]  # all of one size: remembered
+    assert function.remembered
+
+    def repeat(n: int) -> bool:
+        again = [function.call(**calls[n]) for _ in range(25)]
+        return all(torch.equal(x, y) for pair in again for x, y in zip(pair, results[n]))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(repeat, range(4)))
 
 
 class Ops(TorchDispatchMode):
