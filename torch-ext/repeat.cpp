@@ -17,7 +17,9 @@ namespace {
 
 constexpr char kCapsule[] = "flashkda.Repeat";
 
-constexpr std::array<void * Addresses::*, 13> kOrder = {
+using Address = void*;
+
+constexpr std::array<Address Addresses::*, 13> kOrder = {
     &Addresses::q,
     &Addresses::k,
     &Addresses::v,
