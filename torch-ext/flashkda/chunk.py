@@ -159,12 +159,9 @@ def chunk_kda(
         )  # fmt: skip
         known = _recent.find(tensors, options)
         if known is not None:
-            o = ops.new_output(v) if out is None else out
-            final_state = None
-            if inplace_final_state:
-                final_state = initial_state
-            elif output_final_state:
-                final_state = q.new_empty(known.state_shape, dtype=known.state_dtype)
+            o, final_state = ops.outputs(
+                known.state, q, v, initial_state, out, output_final_state, inplace_final_state
+            )
             known.again(
                 q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, state_indices, None, o,
                 final_state,
@@ -182,7 +179,10 @@ def chunk_kda(
     )  # fmt: skip
     if call.gradient or q.dtype == torch.float64:
         return ops.functional(call, cu_seqlens, out, output_final_state)
-    o = ops.new_output(v) if out is None else out
+    state = ops.final_state_of(call, q, v)
+    o, final_state = ops.outputs(
+        state, q, v, initial_state, out, output_final_state, inplace_final_state
+    )
     kept, rows, interval = None, None, 0
     if return_intermediate_states:
         kept, interval = ops.new_intermediate_states(call, q, v), chunk_size
@@ -194,20 +194,18 @@ def chunk_kda(
         rows = kept.flatten(0, 1) if checkpoint_indices is None else kept
     checkpoints = (state_indices, checkpoint_offsets, checkpoint_indices)
     if inplace_final_state:
-        final_state = initial_state
         op = ops.chunk_kda_pool_fwd
         given = (
             *call.inputs, initial_state, cu_seqlens, *checkpoints, o, rows, interval, *call.how
         )  # fmt: skip
     else:
-        final_state = ops.new_final_state(call, q, v) if output_final_state else None
         op = ops.chunk_kda_fwd
         given = (
             *call.inputs, call.initial_state, cu_seqlens, *checkpoints, o, final_state, rows,
             interval, *call.how,
         )  # fmt: skip
     if remembered:
-        _recent.call(op, given, tensors, options, *ops.final_state_of(call, q, v))
+        _recent.call(op, given, tensors, options, state)
     else:
         op(*given)
     return (o, final_state) if kept is None else (o, final_state, kept)

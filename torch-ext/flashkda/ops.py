@@ -80,10 +80,20 @@ def final_state_of(call, q: Tensor, v: Tensor) -> tuple[tuple[int, ...], torch.d
     return shape, _final_state_dtype(q, call.initial_state)
 
 
-def new_final_state(call, q: Tensor, v: Tensor) -> Tensor:
-    """An uninitialised final state for a checked call."""
-    shape, dtype = final_state_of(call, q, v)
-    return q.new_empty(shape, dtype=dtype)
+def outputs(
+    state: tuple, q: Tensor, v: Tensor, initial_state: Tensor | None, out: Tensor | None,
+    output_final_state: bool, inplace_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """o and the final state, uninitialised where the caller gave no buffer; `state` is what
+    `final_state_of` returns.
+    """
+    o = new_output(v) if out is None else out
+    if inplace_final_state:
+        return o, initial_state
+    if not output_final_state:
+        return o, None
+    shape, dtype = state
+    return o, q.new_empty(shape, dtype=dtype)
 
 
 def new_checkpoints(call, q: Tensor, v: Tensor, C: int) -> Tensor:

@@ -81,8 +81,7 @@ class Known(NamedTuple):
     # Calls the op with q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, state_indices,
     # num_accepted_tokens, o, final_state: None for absent ones, a pool twice if written in place.
     again: Callable[..., None]
-    state_shape: tuple[int, ...]
-    state_dtype: torch.dtype
+    state: tuple[tuple[int, ...], torch.dtype]  # shape and dtype of the final state
 
 
 class Recent:
@@ -110,7 +109,7 @@ class Recent:
         return None
 
     def call(
-        self, op: Callable, given: tuple, tensors: tuple, options: tuple, state_shape, state_dtype
+        self, op: Callable, given: tuple, tensors: tuple, options: tuple, state: tuple
     ) -> None:
         """Calls the op of an accepted call, and remembers it if one of its size came before.
 
@@ -127,10 +126,9 @@ class Recent:
         guard = _GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         if not guard.check(*tensors):
             return
-        known = Known(again, state_shape, state_dtype)
         size = tensors[0].numel()
         before = self._entries.get(size, ())[: CALLS - 1]
-        entry = (guard, torch.is_grad_enabled(), options, known)
+        entry = (guard, torch.is_grad_enabled(), options, Known(again, state))
         self._entries = {**self._entries, size: (entry, *before)}
 
     def _expects(self, q: Tensor) -> bool:

@@ -90,12 +90,9 @@ def fused_recurrent_kda(
         )  # fmt: skip
         known = _recent.find(tensors, options)
         if known is not None:
-            o = ops.new_output(v) if out is None else out
-            final_state = None
-            if inplace_final_state:
-                final_state = initial_state
-            elif output_final_state:
-                final_state = q.new_empty(known.state_shape, dtype=known.state_dtype)
+            o, final_state = ops.outputs(
+                known.state, q, v, initial_state, out, output_final_state, inplace_final_state
+            )
             known.again(
                 q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, ssm_state_indices,
                 num_accepted_tokens, o, final_state,
@@ -110,18 +107,19 @@ def fused_recurrent_kda(
     )  # fmt: skip
     if call.gradient or q.dtype == torch.float64:
         return ops.functional(call, cu_seqlens, out, output_final_state)
-    o = ops.new_output(v) if out is None else out
+    state = ops.final_state_of(call, q, v)
+    o, final_state = ops.outputs(
+        state, q, v, initial_state, out, output_final_state, inplace_final_state
+    )
     rows = (cu_seqlens, ssm_state_indices, num_accepted_tokens)
     if inplace_final_state:
-        final_state = initial_state
         op = ops.recurrent_kda_pool_fwd
         given = (*call.inputs, initial_state, *rows, o, *call.how)
     else:
-        final_state = ops.new_final_state(call, q, v) if output_final_state else None
         op = ops.recurrent_kda_fwd
         given = (*call.inputs, call.initial_state, *rows, o, final_state, *call.how)
     if compiling:
         op(*given)
     else:
-        _recent.call(op, given, tensors, options, *ops.final_state_of(call, q, v))
+        _recent.call(op, given, tensors, options, state)
     return o, final_state
