@@ -121,7 +121,7 @@ WHATS = (
 
 
 @pytest.mark.parametrize("what", WHATS)
-@pytest.mark.parametrize("regime", ["bounded, usual", "bounded, slow"])
+@pytest.mark.parametrize("regime", ["bounded, usual", "softplus, usual", "given, usual"])
 def test_what_the_hopper_kernel_serves(flashkda, regime, what):
     """FLASHKDA_PORTABLE=1 changes bits, so without it another kernel ran."""
     call = changed(make_problem(regime, (700, 1348), 32, DEVICE, seed=3).arguments, what)
