@@ -39,13 +39,11 @@ __device__ __forceinline__ int64_t sequence_of_rank(const Problem& p, int64_t ra
   return *shared;
 }
 
-inline constexpr int kWorkChunk = 16;  // tokens of a chunk of every prefill kernel
-
 // Ranking is quadratic in N; past this many sequences their own order balances well enough.
 inline constexpr int64_t kMaxRanked = 128;
 
-// VS: the value columns of a block.
-template <int VS>
+// VS: the value columns of a block. kChunk: the tokens of a chunk.
+template <int VS, int kChunk>
 __device__ __forceinline__ Work find_work(const Problem& p, int* shared) {
   Work w;
   const int slices = p.V / VS;
@@ -65,7 +63,7 @@ __device__ __forceinline__ Work find_work(const Problem& p, int* shared) {
     w.begin = cu_seqlen(p, w.n);
     w.tokens = max(cu_seqlen(p, w.n + 1) - w.begin, int64_t{0});
   }
-  w.chunks = static_cast<int>((w.tokens + kWorkChunk - 1) / kWorkChunk);
+  w.chunks = static_cast<int>((w.tokens + kChunk - 1) / kChunk);
   return w;
 }
 

@@ -2,7 +2,7 @@
 // V).
 //
 //   chain      VS / 16 warps            S through the chunks             (chain.cuh)
-//   producers  2 groups of 4 warps      loads (loader.cuh), then raw chunks to factors, in turn
+//   producers  2 or 3 groups of 4 warps loads (loader.cuh), then raw chunks to factors, in turn
 //   (producer.cuh)
 //   helpers    with slices of 32 columns 2 warps  norms, diagonals, beta; triangles (producer.cuh)
 //
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     prefill_kernel(const __grid_constant__ Problem p, const __grid_constant__ Ring ring) {
   extern __shared__ __align__(128) char smem[];
   Barriers* barriers = barriers_at(smem);
-  const Work w = find_work<Cfg::VS>(p, &barriers->sequence);
+  const Work w = find_work<Cfg::VS, kChunk>(p, &barriers->sequence);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   // Every thread arrives for itself. One of a warp would do, and is no faster; but it is threads

@@ -8,8 +8,6 @@
 
 namespace flashkda::cuda::sm80::prefill {
 
-static_assert(kChunk == kWorkChunk);
-
 // A slot of the ring and the parity of its current use; chunk c uses slot c % slots.
 //
 // A wait on a parity is only sound if the barrier is not a whole phase further behind. For the

@@ -42,7 +42,7 @@ class FactorWarp {
         warp_(warp % 4),
         lane_(lane),
         tokens_(static_cast<int>(w.tokens)),
-        chunks_(chunks_of(w)) {
+        chunks_(w.chunks) {
     params_ = load_decay_params(p, w.hv);
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {

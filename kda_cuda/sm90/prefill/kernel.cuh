@@ -18,12 +18,12 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   // From a register: the block's window in shared memory would be found anew for every use.
   const int base = ptx::opaque(static_cast<int>(ptx::smem_address(smem)));
   Shared<Cfg>& s = *static_cast<Shared<Cfg>*>(__cvta_shared_to_generic(base));
-  const Work found = find_work<Cfg::VS>(p, &s.sequence);
+  const Work found = find_work<Cfg::VS, kChunk>(p, &s.sequence);
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   __builtin_assume(warp >= 0);
   // Shuffled, lest the assembler read it anew, slowly, wherever it is used.
-  int lane = __shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32);
+  const int lane = __shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32);
   __builtin_assume(lane >= 0 && lane < 32);
 
   if (threadIdx.x == 0) {

@@ -44,7 +44,7 @@ class Loader {
 #pragma unroll
       for (int i = 0; i < Cfg::kCluster; ++i) {
         const int slot = own.at * Cfg::kCluster + i;
-        if (chunk + i >= chunks_of(w_)) break;
+        if (chunk + i >= w_.chunks) break;
         const uint32_t full = at(&s_.values_full[slot]);
         ptx::mbarrier_wait_at(at(&s_.values_empty[slot]), own.parity ^ 1);
         ptx::mbarrier_expect(full, sizeof(s_.values[slot][part]));

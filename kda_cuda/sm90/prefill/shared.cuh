@@ -94,10 +94,6 @@ struct Shared {
   int sequence;  // what sequence_of_rank found
 };
 
-__device__ __forceinline__ int chunks_of(const Work& w) {
-  return static_cast<int>((w.tokens + kChunk - 1) / kChunk);
-}
-
 // A place in a ring of N and the parity of its current use.
 template <int N>
 struct Cursor {

@@ -37,7 +37,7 @@ class SquareWarp {
         rank_(w.v0 / Cfg::VS),
         part_(warp % 2),
         tokens_(static_cast<int>(w.tokens)),
-        chunks_(chunks_of(w)) {}
+        chunks_(w.chunks) {}
 
   __device__ void run() {
     if (warp_ < kAhead && chunk_of(warp_) < chunks_) loader_.load_raw(token_of(warp_), warp_);
