@@ -19,6 +19,7 @@
 
 #include <type_traits>
 
+#include "../../common/convert.cuh"
 #include "../../common/decay.cuh"
 #include "../../common/element.cuh"
 #include "../../common/ptx.cuh"
@@ -269,11 +270,10 @@ class Tokens {
   static constexpr bool kNarrow = std::is_same_v<Elem, __half>;
 
  public:
-  __device__ Tokens(const Problem& p, const Work& w) : p_(p), w_(w) {
-    beta_ = static_cast<const char*>(p.beta.ptr) +
-            (w.row * p.beta.stride_b + w.begin * p.beta.stride_t + w.hv * p.beta.stride_h) *
-                (p.beta.dtype == DType::kF32 ? 4 : 2);
-  }
+  __device__ Tokens(const Problem& p, const Work& w)
+      : p_(p),
+        w_(w),
+        first_beta_(w.row * p.beta.stride_b + w.begin * p.beta.stride_t + w.hv * p.beta.stride_h) {}
 
   // Of one part of four: the diagonals of q and k times k (parts 0, 1) or of q times q (parts 2,
   // 3), of eight tokens each, from the raw tiles on the tensor cores: exact products and fp32 sums.
@@ -313,27 +313,20 @@ class Tokens {
   __device__ __forceinline__ uint32_t load_beta(int64_t chunk, int lane) const {
     const int64_t t = chunk * kChunk + lane;
     if (lane >= kChunk || t >= w_.tokens) return 0;
-    const int64_t i = t * p_.beta.stride_t;
-    if (p_.beta.dtype == DType::kF32) return reinterpret_cast<const uint32_t*>(beta_)[i];
-    return reinterpret_cast<const uint16_t*>(beta_)[i];
+    return load_bits(p_.beta.ptr, first_beta_ + t * p_.beta.stride_t, p_.beta.dtype);
   }
 
   __device__ __forceinline__ void store_beta(Slot<Cfg>* slot, int rows, uint32_t bits,
                                              int lane) const {
     if (lane >= kChunk) return;
-    float beta = __uint_as_float(bits);
-    if (p_.beta.dtype == DType::kBF16) {
-      beta = ElementTraits<__nv_bfloat16>::unpack(bits).x;
-    } else if (p_.beta.dtype == DType::kF16) {
-      beta = ElementTraits<__half>::unpack(bits).x;
-    }
+    const float beta = bits_to_float(bits, p_.beta.dtype);
     slot->beta[lane] = lane < rows ? fast_beta_activation(beta, p_.beta_mode) : 0.f;
   }
 
  private:
   const Problem& p_;
   const Work& w_;
-  const char* beta_;  // of the sequence's first token
+  int64_t first_beta_;  // of the sequence
 };
 
 template <class Cfg>
