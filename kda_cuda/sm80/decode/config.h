@@ -15,6 +15,8 @@ constexpr int kBlocksPerSM = 5;  // which is what bounds a block's registers
 
 // One token a sequence: pieces of 128 bytes of a row of [K, V], 16 KB of state at K = 128.
 constexpr int one_token_columns(DType state) { return state == DType::kF32 ? 32 : 64; }
-constexpr int one_token_blocks(bool v_first) { return v_first ? 8 : 9; }
+constexpr int one_token_blocks(DType state, bool v_first) {
+  return (v_first ? 8 : 10) - (state == DType::kF32 ? 0 : 1);
+}
 
 }  // namespace flashkda::cuda::sm80::decode

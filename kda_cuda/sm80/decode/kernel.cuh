@@ -57,20 +57,18 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, false>& state, const Tok
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   RowSums<Slice> sums;
   static_assert(sums.kOwn == 1, "as many sums as lanes that share them");
-  float k[Slice::kVectors];
 #pragma unroll
   for (int run = 0; run < Slice::kRuns; ++run) {
     const int first = run * Slice::kRun, channel = Slice::row(first);
-    float growth[Slice::kRun], k_run[Slice::kRun], q[Slice::kRun];
+    float growth[Slice::kRun], k[Slice::kRun], q[Slice::kRun];
     load_adjacent(growth, token.growth + channel);
-    load_adjacent(k_run, token.k + channel);
+    load_adjacent(k, token.k + channel);
     load_adjacent(q, token.q + channel);
 #pragma unroll
     for (int i = 0; i < Slice::kRun; ++i) {
 #pragma unroll
       for (float& x : state.s[first + i]) x = decayed(x, growth[i]);
-      sums.add(run, state.s[first + i], k_run[i], q[i]);
-      k[first + i] = k_run[i];
+      sums.add(run, state.s[first + i], k[i], q[i]);
     }
   }
   sums.sum_over_warp();
@@ -89,9 +87,16 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, false>& state, const Tok
     ku[j] = __shfl_sync(~0u, column.ku, Slice::column() + j);
   }
 #pragma unroll
-  for (int i = 0; i < Slice::kVectors; ++i) {
+  for (int first = 0; first < Slice::kVectors; first += Slice::kRun) {
+    float k[Slice::kRun];
+    load_adjacent(k, token.k + Slice::row(first));
 #pragma unroll
-    for (int j = 0; j < Slice::kWidth; ++j) state.s[i][j] = fmaf(k[i], ku[j], state.s[i][j]);
+    for (int i = 0; i < Slice::kRun; ++i) {
+#pragma unroll
+      for (int j = 0; j < Slice::kWidth; ++j) {
+        state.s[first + i][j] = fmaf(k[i], ku[j], state.s[first + i][j]);
+      }
+    }
   }
 }
 
@@ -134,8 +139,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     state.store(p.final_state.ptr, row * p.final_state.stride_n + first, p.V,
                 static_cast<DType>(p.final_dtype), p.final_aligned);
   };
-  // Tokens after which the state is stored.
-  const int64_t kept = keeps_every_state(p) && rows.valid ? p.indices_width : 0;
+  const bool keeps = keeps_every_state(p) && rows.valid;
   int buffer = 0;
 #pragma unroll 1
   for (int t = 0; t < item.length;) {
@@ -146,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
       if (!kVFirst && i > 0) __syncthreads();
       step(state, tokens[buffer][i], p, o_at, scratch);
       o_at += p.o.stride_t;
-      if (t < kept) {
+      if (keeps && t < p.indices_width) {
         const int64_t row = slot_of(p, item.n, t);
         if (row != kNoRow) store(row);
       }

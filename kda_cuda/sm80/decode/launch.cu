@@ -79,7 +79,7 @@ cudaError_t launch_one_token(const Problem& p, const Params& params, cudaStream_
   static std::atomic<bool> configured[kMaxDevices];
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (!configured[device].load(std::memory_order_acquire)) {
+  if (device < kMaxDevices && !configured[device].load(std::memory_order_acquire)) {
     const cudaError_t error = cudaFuncSetAttribute(
         kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;

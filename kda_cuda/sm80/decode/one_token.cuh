@@ -89,7 +89,7 @@ __device__ __forceinline__ void step_v_first(const Block<Slice, kColumns>& block
                                              Put put) {
   const Norms norms = norms_of(token, p.l2norm);
   constexpr int kCount = 8 / Slice::kGroups;
-#pragma unroll
+#pragma unroll 1
   for (int first = 0; first < Slice::kVectors; first += kCount) {
     float s[kCount][Slice::kWidth];
 #pragma unroll
@@ -101,7 +101,7 @@ __device__ __forceinline__ void step_v_first(const Block<Slice, kColumns>& block
 }
 
 template <DType kState, int K, bool kVFirst>
-__global__ void __launch_bounds__(kThreads, one_token_blocks(kVFirst))
+__global__ void __launch_bounds__(kThreads, one_token_blocks(kState, kVFirst))
     one_token_kda_kernel(const __grid_constant__ Params p) {
   constexpr int kColumns = one_token_columns(kState), kSlices = K / kColumns;
   constexpr int kElement = kState == DType::kF32 ? 4 : 2;

@@ -122,18 +122,22 @@ __device__ __forceinline__ void step_on_rows(float (&s)[kCount][Slice::kWidth], 
   static_assert(kCount * Slice::kGroups == 8, "the number of rows decides the order of the sums");
   constexpr int kWidth = Slice::kWidth;
   const int lane = threadIdx.x % 32, channel = Slice::column();
-  float growth[kWidth], k[kWidth], q[kWidth];
-  load_adjacent(growth, token.growth + channel);
+  float sk[kCount] = {}, sq[kCount] = {}, k[kWidth];
   load_adjacent(k, token.k + channel);
-  load_adjacent(q, token.q + channel);
-  float sk[kCount] = {}, sq[kCount] = {};
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) {
+  for (int four = 0; four < kWidth; four += 4) {
+    float growth[4], q[4];
+    load_adjacent(growth, token.growth + channel + four);
+    load_adjacent(q, token.q + channel + four);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      s[i][j] = decayed(s[i][j], growth[j]);
-      sk[i] = fmaf(s[i][j], k[j], sk[i]);
-      sq[i] = fmaf(s[i][j], q[j], sq[i]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float& x = s[i][four + j];
+        x = decayed(x, growth[j]);
+        sk[i] = fmaf(x, k[four + j], sk[i]);
+        sq[i] = fmaf(x, q[j], sq[i]);
+      }
     }
   }
   const float k_S = spread_sum(sk, lane, 1, Slice::kLanes);

@@ -38,37 +38,35 @@ class TokenReader {
   // of v see it.
   __device__ __forceinline__ TokenReader(const Params& p, uint32_t h, uint32_t hv, uint32_t slice,
                                          uint32_t b, int64_t begin)
-      : p_(p) {
-    const int channel = threadIdx.x % K;
-    q_ = element(p.q, b, begin, h) + channel;
-    k_ = element(p.k, b, begin, h) + channel;
-    g_ = element(p.g, b, begin, hv) + channel;
-    if (reads_v()) {
-      extra_ = element(p.v, b, begin, hv) + slice * kColumns + threadIdx.x % kColumns;
-    } else {
-      extra_ = element(p.beta, b, begin, hv);
-    }
+      : p_(p), h_(h), hv_(hv), slice_(slice), b_(b), next_(begin) {
     if (p.A_log != nullptr) A_log_ = __ldg(p.A_log + hv);
-    if (p.dt_bias != nullptr) dt_bias_ = __ldg(p.dt_bias + hv * K + channel);
+    if (p.dt_bias != nullptr) dt_bias_ = __ldg(p.dt_bias + hv * K + channel());
   }
 
   // Issues the loads of the next `count` tokens, at most kBlock.
   __device__ __forceinline__ void fetch(int count) {
+    int64_t q = element(p_.q, b_, next_, h_) + channel();
+    int64_t k = element(p_.k, b_, next_, h_) + channel();
+    int64_t g = element(p_.g, b_, next_, hv_) + channel();
+    const Tokens& other = reads_v() ? p_.v : p_.beta;
+    int64_t extra = element(other, b_, next_, hv_);
+    if (reads_v()) extra += slice_ * kColumns + threadIdx.x % kColumns;
+    next_ += kBlock;
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       if (i >= count) break;
       if (reads_channels()) {
-        bits_[i].q = __ldg(static_cast<const uint16_t*>(p_.q.ptr) + q_);
-        bits_[i].k = __ldg(static_cast<const uint16_t*>(p_.k.ptr) + k_);
-        bits_[i].g = load_bits(p_.g.ptr, g_, static_cast<DType>(p_.g_dtype));
+        bits_[i].q = __ldg(static_cast<const uint16_t*>(p_.q.ptr) + q);
+        bits_[i].k = __ldg(static_cast<const uint16_t*>(p_.k.ptr) + k);
+        bits_[i].g = load_bits(p_.g.ptr, g, static_cast<DType>(p_.g_dtype));
       }
       if (reads_v() || reads_beta()) {
-        bits_[i].extra = load_bits(reads_v() ? p_.v.ptr : p_.beta.ptr, extra_, extra_dtype());
+        bits_[i].extra = load_bits(other.ptr, extra, extra_dtype());
       }
-      q_ += p_.q.stride_t;
-      k_ += p_.k.stride_t;
-      g_ += p_.g.stride_t;
-      extra_ += reads_v() ? p_.v.stride_t : p_.beta.stride_t;
+      q += p_.q.stride_t;
+      k += p_.k.stride_t;
+      g += p_.g.stride_t;
+      extra += other.stride_t;
     }
   }
 
@@ -76,8 +74,7 @@ class TokenReader {
   __device__ __forceinline__ void publish(Token<K, kColumns>* tokens, int count) {
     const GateParams gate{static_cast<Gate>(p_.gate), p_.lower_bound, expf(A_log_), dt_bias_};
     const DType dtype = static_cast<DType>(p_.dtype);
-    // Not unrolled, as a step down a queue costs less than four copies of the code: most calls
-    // publish one token.
+    // Not unrolled, as a step down a queue costs less than four copies of the code.
 #pragma unroll 1
     for (int i = 0; i < min(count, kBlock); ++i) {
       Token<K, kColumns>& token = tokens[i];
@@ -102,12 +99,13 @@ class TokenReader {
   }
 
  private:
+  static __device__ __forceinline__ int channel() { return threadIdx.x % K; }
   static __device__ __forceinline__ bool reads_channels() { return threadIdx.x < K; }
   static __device__ __forceinline__ bool reads_v() { return threadIdx.x >= kThreads - kColumns; }
   static __device__ __forceinline__ bool reads_beta() { return threadIdx.x == 0; }
 
   struct Bits {
-    uint32_t q, k, g, extra;
+    uint32_t q, k, g, extra;  // extra is of v or of beta
   };
 
   __device__ __forceinline__ DType extra_dtype() const {
@@ -116,7 +114,8 @@ class TokenReader {
 
   const Params& p_;
   float A_log_ = 0.f, dt_bias_ = 0.f;
-  int64_t q_, k_, g_, extra_;  // elements of the next token to fetch; extra is of v or of beta
+  uint32_t h_, hv_, slice_, b_;
+  int64_t next_;  // token to fetch
   Bits bits_[kBlock];
 };
 
