@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,13 @@ def recurrent_calls():
             "ssm_state_indices": rows,
         },
     )
+    for K, dtype, v_first in product((64, 128), (torch.float32, torch.bfloat16), (False, True)):
+        one = batch(12)
+        one |= {name: one[name][..., :K].contiguous() for name in "qkvg"}
+        one["initial_state"] = state[..., :K, :K].to(dtype)
+        how = f"{dtype}, {'V' if v_first else 'K'} first, head dims of {K}"
+        gathered = {"ssm_state_indices": rows, "output_final_state": True}
+        yield f"one token, {how}", one | gathered | {"state_v_first": v_first}
     speculative = rows.reshape(4, 3)
     accepted = torch.tensor([1, 3, 2, 1], dtype=torch.int32)
     indices = {"ssm_state_indices": speculative, "num_accepted_tokens": accepted}

@@ -159,10 +159,15 @@ def test_a_captured_step_with_other_rows(flashkda, state_v_first, state):
             assert not any(torch.equal(after[row, 0], start[row, 0]) for row in kept.tolist())
 
 
-def test_more_sequences_than_a_grid_has_rows(flashkda):
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize("state_v_first", [False, True])
+def test_more_sequences_than_a_grid_has_rows(flashkda, state_v_first, T):
     """N past 65,535: each equals what it gives in a call of few."""
     N = 65_535 + 70
-    call = make(4, B=N, T=1, H=1, gate="bounded", beta="sigmoid", state=None, device=DEVICE)
+    call = make(
+        4, B=N, T=T, H=1, gate="bounded", beta="sigmoid", state=None,
+        state_v_first=state_v_first, device=DEVICE,
+    )  # fmt: skip
     call["initial_state"] = torch.randn(N, 1, 64, 64, device=DEVICE)
     o, state = flashkda.fused_recurrent_kda(**call)
     for part in (slice(0, 100), slice(N - 140, N)):

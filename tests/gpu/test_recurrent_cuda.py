@@ -206,6 +206,115 @@ def test_states_may_lie_anywhere(flashkda, state_v_first, padding, offset, state
     assert torch.equal(memory, before)
 
 
+# One token a sequence with K = V has a kernel of its own for each of these.
+ONE_TOKEN = pytest.mark.parametrize(
+    "K, state_v_first, state",
+    list(product((64, 128), (False, True), (torch.float32, torch.bfloat16))),
+)
+
+
+@ONE_TOKEN
+@pytest.mark.parametrize("gate", ["given", "softplus", "bounded"])
+def test_one_token_in_every_combination(flashkda, poisoned, gate, K, state_v_first, state):
+    kinds = product(
+        (torch.bfloat16, torch.float16), ("given", "sigmoid", "twice"), (True, False), (1, 3)
+    )
+    for seed, (dtype, beta, l2norm, group) in enumerate(kinds):
+        call = make(
+            seed, B=1 + seed % 4, T=1, H=2, HV=2 * group, K=K, V=K, dtype=dtype, gate=gate,
+            g_dtype=(torch.float32, dtype)[seed % 2], beta=beta, l2norm=l2norm, state=state,
+            beta_dtype=(dtype, torch.float32)[seed // 2 % 2], state_v_first=state_v_first,
+            scale=(None, 0.3)[seed % 2], device=DEVICE,
+        )  # fmt: skip
+        check(flashkda, call)
+        if seed % 8 == 0:
+            del call["initial_state"]
+            o, final_state = check(flashkda, call)
+            o_only, _ = flashkda.fused_recurrent_kda(**{**call, "output_final_state": False})
+            assert torch.equal(o, o_only) and final_state.dtype == torch.float32
+
+
+@ONE_TOKEN
+def test_one_token_in_any_company(flashkda, poisoned, K, state_v_first, state):
+    """The same bits alone, in a batch, packed, before other tokens, in place and at any address."""
+    N = 3
+    call = make(
+        14, B=N, T=3, HV=4, K=K, V=K, gate="softplus", beta="sigmoid", state=state,
+        state_v_first=state_v_first, device=DEVICE,
+    )  # fmt: skip
+    several, _ = flashkda.fused_recurrent_kda(**call)
+    call |= {name: call[name][:, :1].contiguous() for name in TOKENS}
+    o, after = check(flashkda, call)
+    assert torch.equal(o, several[:, :1])
+    for n in range(N):
+        o_n, after_n = flashkda.fused_recurrent_kda(**alone(call, n))
+        assert torch.equal(o_n[0], o[n]) and torch.equal(after_n[0], after[n])
+    packed = {name: call[name].transpose(0, 1).contiguous() for name in TOKENS}
+    packed["cu_seqlens"] = torch.arange(N + 1, device=DEVICE)
+    o_packed, after_packed = flashkda.fused_recurrent_kda(**{**call, **packed})
+    assert torch.equal(o_packed.transpose(0, 1), o) and torch.equal(after_packed, after)
+    for padding, offset in ((0, 0), (8, 8), (3, 0), (64, 1)):
+        memory, pool = pool_like(N, call["initial_state"], padding, offset)
+        pool.copy_(call["initial_state"])
+        before = memory.clone()
+        o_pool, _ = flashkda.fused_recurrent_kda(
+            **{**call, "initial_state": pool}, inplace_final_state=True
+        )
+        assert torch.equal(o_pool, o) and torch.equal(pool, after)
+        before.as_strided(pool.shape, pool.stride(), offset).copy_(after)
+        assert torch.equal(memory, before)
+
+
+@ONE_TOKEN
+@pytest.mark.parametrize("in_place", [True, False])
+def test_one_token_from_a_pool(flashkda, poisoned, in_place, K, state_v_first, state):
+    """Rows of a pool, zero where -1, NaN where out of range; all other memory keeps its bits."""
+    P = 11
+    rows = [7, -1, 0, P, 10, -2, 2**31 - 1, -(2**31)]
+    for index_dtype in (torch.int32, torch.int64):
+        call = make(
+            15, B=len(rows), T=1, HV=4, K=K, V=K, gate="bounded", beta="sigmoid", state=state,
+            state_v_first=state_v_first, device=DEVICE,
+        )  # fmt: skip
+        memory, pool = pool_like(P, call["initial_state"], 16, 8)
+        before = memory.clone()
+        starts = torch.stack([pool[r] if 0 <= r < P else torch.zeros_like(pool[0]) for r in rows])
+        call["initial_state"] = pool
+        indices = torch.tensor(rows, dtype=index_dtype, device=DEVICE)
+        o, after = flashkda.fused_recurrent_kda(
+            **call, ssm_state_indices=indices, inplace_final_state=in_place
+        )
+        for n, row in enumerate(rows):
+            if not -1 <= row < P:
+                assert o[n].isnan().all() and (in_place or after[n].isnan().all())
+                continue
+            plain = alone(call, n, starts[n])
+            o_n, after_n = flashkda.fused_recurrent_kda(**plain)
+            assert_right(flashkda, plain, o_n, after_n)
+            assert torch.equal(o[n], o_n[0])
+            if not in_place:
+                assert torch.equal(after[n], after_n[0])
+            elif row >= 0:
+                assert torch.equal(pool[row], after_n[0])
+                before.as_strided(pool.shape, pool.stride(), 8)[row].copy_(after_n[0])
+        assert torch.equal(memory, before)
+
+
+@ONE_TOKEN
+@pytest.mark.parametrize("name", [*TOKENS, "initial_state"])
+def test_nan_of_one_token_stays_in_its_head(flashkda, name, K, state_v_first, state):
+    call = make(
+        16, B=3, T=1, H=3, K=K, V=K, state=state, state_v_first=state_v_first, device=DEVICE
+    )
+    o_ref, state_ref = flashkda.fused_recurrent_kda(**call)
+    x = call[name][1, 1] if name == "initial_state" else call[name][1, 0, 1]
+    x.view(-1)[0] = torch.nan
+    o, after = flashkda.fused_recurrent_kda(**call)
+    assert not o[1, 0, 1].isfinite().all()
+    o[1, 0, 1], after[1, 1] = o_ref[1, 0, 1], state_ref[1, 1]
+    assert torch.equal(o, o_ref) and torch.equal(after, state_ref)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_pools(flashkda, seed):
     """Rows read and written are those of the indices; others, and what lies between rows, keep their bits."""

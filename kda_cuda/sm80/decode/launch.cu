@@ -1,10 +1,12 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "kernel.cuh"
 #include "launch.h"
+#include "one_token.cuh"
 
 namespace flashkda::cuda::sm80::decode {
 namespace {
@@ -63,35 +65,55 @@ Params pack(const Problem& p, const Pool& pool) {
           .num_accepted_tokens = pool.num_accepted_tokens};
 }
 
-template <DType kIn, int K, bool kVFirst, bool kOne>
-cudaError_t launch_kernel(const Params& params, dim3 blocks, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = kThreads;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, recurrent_kda_kernel<kIn, K, kVFirst, kOne>, params);
+// The grid: slices of heads, then sequences, of which a launch has any number.
+dim3 blocks_for(const Problem& p, int columns) {
+  constexpr int64_t kRows = 65535;
+  return dim3(p.HV * (p.V / columns), static_cast<unsigned>(std::min(p.N, kRows)),
+              static_cast<unsigned>((p.N + kRows - 1) / kRows));
+}
+
+template <DType kState, int K, bool kVFirst>
+cudaError_t launch_one_token(const Problem& p, const Params& params, cudaStream_t stream) {
+  constexpr auto kKernel = one_token_kda_kernel<kState, K, kVFirst>;
+  // The states wait in shared memory: without as much of it as there is, too few blocks do.
+  static std::atomic<bool> configured[kMaxDevices];
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (device < kMaxDevices && !configured[device].load(std::memory_order_acquire)) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) return error;
+    configured[device].store(true, std::memory_order_release);
+  }
+  kKernel<<<blocks_for(p, one_token_columns(kState)), kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
 }
 
 template <DType kIn, int K, bool kVFirst>
-cudaError_t choose_length(const Params& params, dim3 blocks, cudaStream_t stream) {
-  const bool one = params.T == 1 && params.cu_seqlens == nullptr && !params.per_token;
-  return one ? launch_kernel<kIn, K, kVFirst, true>(params, blocks, stream)
-             : launch_kernel<kIn, K, kVFirst, false>(params, blocks, stream);
+cudaError_t choose_kernel(const Problem& p, const Params& params, cudaStream_t stream) {
+  const bool states_fit =
+      (p.initial_state.ptr == nullptr || params.initial_aligned) &&
+      (p.final_state.ptr == nullptr || (params.final_aligned && p.final_state.dtype == kIn));
+  if (p.T == 1 && p.cu_seqlens == nullptr && !params.per_token && p.V == K && states_fit) {
+    return launch_one_token<kIn, K, kVFirst>(p, params, stream);
+  }
+  recurrent_kda_kernel<kIn, K, kVFirst><<<blocks_for(p, kSliceV), kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
 }
 
 template <DType kIn, int K>
-cudaError_t choose_layout(const Params& params, bool v_first, dim3 blocks, cudaStream_t stream) {
-  return v_first ? choose_length<kIn, K, true>(params, blocks, stream)
-                 : choose_length<kIn, K, false>(params, blocks, stream);
+cudaError_t choose_layout(const Problem& p, const Params& params, cudaStream_t stream) {
+  return p.state_v_first ? choose_kernel<kIn, K, true>(p, params, stream)
+                         : choose_kernel<kIn, K, false>(p, params, stream);
 }
 
 template <DType kIn>
-cudaError_t choose_k(const Problem& p, const Params& params, dim3 blocks, cudaStream_t stream) {
+cudaError_t choose_k(const Problem& p, const Params& params, cudaStream_t stream) {
   switch (p.K) {
     case 64:
-      return choose_layout<kIn, 64>(params, p.state_v_first, blocks, stream);
+      return choose_layout<kIn, 64>(p, params, stream);
     case 128:
-      return choose_layout<kIn, 128>(params, p.state_v_first, blocks, stream);
+      return choose_layout<kIn, 128>(p, params, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -102,17 +124,13 @@ cudaError_t choose_k(const Problem& p, const Params& params, dim3 blocks, cudaSt
 cudaError_t launch(const Problem& p, const Pool& pool, cudaStream_t stream) {
   if (p.N == 0) return cudaSuccess;
   // Elements of a row of states are counted in 32 bits, and SmallDivider has its limit.
-  constexpr int64_t kRows = 65535;
   if ((p.V != 64 && p.V != 128) || p.HV >= (1 << 15) || p.N > INT32_MAX) {
     return cudaErrorInvalidValue;
   }
-  const int64_t layers = (p.N + kRows - 1) / kRows;
-  const dim3 blocks(p.HV * (p.V / kSliceV), static_cast<unsigned>(std::min(p.N, kRows)),
-                    static_cast<unsigned>(layers));
   const Params params = pack(p, pool);
   const DType in = p.initial_state.ptr != nullptr ? p.initial_state.dtype : p.final_state.dtype;
-  return in == DType::kF32 ? choose_k<DType::kF32>(p, params, blocks, stream)
-                           : choose_k<DType::kBF16>(p, params, blocks, stream);
+  return in == DType::kF32 ? choose_k<DType::kF32>(p, params, stream)
+                           : choose_k<DType::kBF16>(p, params, stream);
 }
 
 }  // namespace flashkda::cuda::sm80::decode
