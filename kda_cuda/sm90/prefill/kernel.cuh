@@ -28,6 +28,8 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
 
   if (threadIdx.x == 0) {
     s.work = found;
+    s.origin = {static_cast<int>(found.begin), static_cast<int>(found.row), found.h, found.hv,
+                found.v0 / kHalf};
     constexpr int kChainThreads = Cfg::kChainGroups * kGroupThreads;
     for (int i = 0; i < kRaw; ++i) {
       ptx::mbarrier_init(&s.raw_full[i], 1);

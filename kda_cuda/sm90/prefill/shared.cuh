@@ -76,6 +76,12 @@ enum Decay : int {
   kSplits,  // from factors about the middles of ever smaller blocks, one after another
 };
 
+// Where a block's chain begins, as the copy engine counts.
+struct alignas(16) Origin {
+  int begin, row, h, hv;
+  int half;  // its first value columns
+};
+
 template <class Cfg>
 struct Shared {
   Slot slots[Cfg::kSlots];
@@ -90,7 +96,8 @@ struct Shared {
   uint64_t full[Cfg::kSlots];
   uint64_t empty[Cfg::kOwn];  // all the cluster's chains have read the slot
   uint64_t values_full[Cfg::kSlots], values_empty[Cfg::kSlots];
-  Work work;     // kept here, because registers are scarce
+  Work work;  // kept here, because registers are scarce
+  Origin origin;
   int sequence;  // what sequence_of_rank found
 };
 

@@ -31,34 +31,42 @@ class SquareWarp {
       : p_(p),
         w_(w),
         s_(s),
-        loader_(p, maps, w, s),
+        loader_(p, maps, s),
         warp_(warp),
         lane_(lane),
         rank_(w.v0 / Cfg::VS),
         part_(warp % 2),
-        tokens_(static_cast<int>(w.tokens)),
-        chunks_(w.chunks) {}
+        tokens_(static_cast<int>(w.tokens)) {}
 
   __device__ void run() {
-    if (warp_ < kAhead && chunk_of(warp_) < chunks_) loader_.load_raw(token_of(warp_), warp_);
+    // The first token of the cluster's chunks of this turn, and of the block's own.
+    int cluster_first = warp_ / 2 * kTurn, first = cluster_first + rank_ * kChunk;
+    if (warp_ < kAhead && first < tokens_) {
+      loader_.load_raw(first + part_ * kPart, warp_, 0);
+    }
     Cursor<Cfg::kOwn> own(warp_ / 2);
     uint32_t raw_parity = 0;
-    uint32_t next_beta = load_beta(token_of(warp_));
+    const TokenTensor& b = p_.beta;
+    int64_t beta_at = w_.row * b.stride_b + w_.hv * b.stride_h +
+                      (w_.begin + first + part_ * kPart + lane_) * b.stride_t;
+    uint32_t next_beta = load_beta(beta_at, tokens_ - first);
 #pragma unroll 1
-    for (int turn = warp_; turn / 2 * Cfg::kCluster < chunks_; turn += kSquareWarps) {
+    while (cluster_first < tokens_) {
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
-      warp_ = ptx::opaque(warp_);
-      part_ = ptx::opaque(part_);
-      if (chunk_of(turn + kAhead) < chunks_) {
-        loader_.load_raw(token_of(turn + kAhead), turn + kAhead);
+      const int ahead = first + kTurn;
+      if (ahead < tokens_) {
+        loader_.load_raw(ahead + part_ * kPart, warp_ ^ kAhead, raw_parity ^ (warp_ >= kAhead));
       }
-      loader_.load_values(turn / 2 * Cfg::kCluster, part_, own);
+      loader_.load_values(cluster_first, tokens_, part_, own);
       const uint32_t beta = next_beta;
-      next_beta = load_beta(token_of(turn + kSquareWarps));
-      if (chunk_of(turn) < chunks_) make(tokens_ - token_of(turn), raw_parity, own, beta);
+      beta_at += 2 * kTurn * b.stride_t;
+      next_beta = load_beta(beta_at, tokens_ - first - 2 * kTurn);
+      if (first < tokens_) make(tokens_ - first - part_ * kPart, raw_parity, own, beta);
+      cluster_first += 2 * kTurn;
+      first += 2 * kTurn;
       raw_parity ^= 1;
-      own.advance(kSquareWarps / 2);
+      own.advance(2);
     }
   }
 
@@ -67,27 +75,20 @@ class SquareWarp {
     return ptx::smem_address(part);
   }
 
-  // A turn is a part of one of the block's own chunks.
-  __device__ __forceinline__ int chunk_of(int turn) const {
-    return turn / 2 * Cfg::kCluster + rank_;
-  }
-  __device__ __forceinline__ int token_of(int turn) const {
-    return chunk_of(turn) * kChunk + turn % 2 * kPart;
-  }
+  // Warps 0 and 1 take the parts of a chunk and warps 2 and 3 those of the block's next.
+  static constexpr int kTurn = Cfg::kCluster * kChunk;
+  static_assert(kSquareWarps == 4 && kRaw == 4 && kAhead == 2);  // in parts
 
   __device__ __forceinline__ int row(int i) const { return lane_ / 4 + (i / 2) * 8; }
   __device__ __forceinline__ int column(int half, int i) const {
     return half * 8 + (lane_ % 4) * 2 + (i & 1);
   }
 
-  // The bits of token first + lane's beta. Nothing waits for them before the next turn.
-  __device__ __forceinline__ uint32_t load_beta(int first) const {
-    const int t = first + lane_;
-    if (lane_ >= kPart || t >= tokens_) return 0;
-    const TokenTensor& beta = p_.beta;
-    return load_bits(
-        beta.ptr, w_.row * beta.stride_b + (w_.begin + t) * beta.stride_t + w_.hv * beta.stride_h,
-        beta.dtype);
+  // The bits of the part's token lane's beta. left: tokens from the chunk's first on. Nothing waits
+  // for them before the next turn.
+  __device__ __forceinline__ uint32_t load_beta(int64_t place, int left) const {
+    if (lane_ >= kPart || part_ * kPart + lane_ >= left) return 0;
+    return load_bits(p_.beta.ptr, place, p_.beta.dtype);
   }
 
   // Where this lane's row of a 16 x 16 block lies, for ldmatrix, from rows of 128 bytes on; of the
@@ -128,26 +129,31 @@ class SquareWarp {
   }
 
   // A and M of the part's tokens with each other, and the products of the late part's with the
-  // early part's that are this part's to make.
+  // early part's that are this part's to make: of its own right or left factors.
+  template <int kPartIndex>
   __device__ __forceinline__ void products(Square& A, Square& M, Square& cross,
                                            const Slot& slot) const {
     const LanePosition rows = by_row(lane_), columns = by_column(lane_);
-    const Blocks left(at(slot.left) + part_ * kLateRows, rows);
-    const Blocks right(at(slot.right) + part_ * kLateRows, columns);
-    const Blocks late(late_rows(slot), rows), early(at(slot.right), columns);
+    const Blocks left(at(slot.left) + kPartIndex * kLateRows, rows);
+    const Blocks right(at(slot.right) + kPartIndex * kLateRows, columns);
+    const Blocks other = kPartIndex == 0 ? Blocks(at(slot.left) + kLateRows + kQueries, rows)
+                                         : Blocks(at(slot.right), columns);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < kHalf / 16; ++i) {
-        uint32_t a[4], b[4], k[4], q[4], k_right[4];
+        uint32_t k[4], q[4], k_right[4], x[4];
         ptx::ldmatrix_at(k, left[i] + half * kLeftHalf);
         ptx::ldmatrix_at(k_right, right[i] + half * kRightHalf);
         ptx::ldmatrix_at(q, left[i] + half * kLeftHalf + kQueries);
-        ptx::ldmatrix_at(a, late[i] + half * kLeftHalf);
-        ptx::ldmatrix_at(b, early[i] + half * kRightHalf);
+        ptx::ldmatrix_at(x, other[i] + half * (kPartIndex == 0 ? kLeftHalf : kRightHalf));
         multiply(A, k, k_right);
         multiply(M, q, k_right);
-        multiply(cross, a, b);
+        if constexpr (kPartIndex == 0) {
+          multiply(cross, x, k_right);
+        } else {
+          multiply(cross, k, x);
+        }
       }
     }
   }
@@ -257,10 +263,9 @@ class SquareWarp {
     // Of eight tokens each: q and, below it, k times k; and times q.
     float by_k[2][4] = {}, by_q[2][4] = {};
     {
-      // As left operand, lanes 0-7 and 16-23 load rows of q and the others of k; as right operand,
-      // lanes 0-15 load rows of k and the others of q.
-      const Blocks left(lane_ & 8 ? at(raw.k) : at(raw.q), {lane_ & 7, lane_ >> 4});
-      const Blocks right(lane_ & 16 ? at(raw.q) : at(raw.k), {lane_ & 7, (lane_ >> 3) & 1});
+      // Lanes 0-7 and 16-23 load rows of q and the others of k, which as a left operand stand below
+      // each other; the halves of either, of 8 channels each, are right operands too.
+      const Blocks both(lane_ & 8 ? at(raw.k) : at(raw.q), {lane_ & 7, lane_ >> 4});
       constexpr int kEight = 8 * kRowBytes, kRawHalf = sizeof(raw.k[0]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -268,11 +273,10 @@ class SquareWarp {
         for (int i = 0; i < kHalf / 16; ++i) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            uint32_t a[4], b[4];
-            ptx::ldmatrix_at(a, left[i] + half * kRawHalf + h * kEight);
-            ptx::ldmatrix_at(b, right[i] + half * kRawHalf + h * kEight);
-            mma<Elem>(by_k[h], a, b[0], b[1]);
-            mma<Elem>(by_q[h], a, b[2], b[3]);
+            uint32_t x[4];
+            ptx::ldmatrix_at(x, both[i] + half * kRawHalf + h * kEight);
+            mma<Elem>(by_k[h], x, x[1], x[3]);
+            mma<Elem>(by_q[h], x, x[0], x[2]);
           }
         }
       }
@@ -307,7 +311,11 @@ class SquareWarp {
 
     Square A = {}, M = {}, cross = {};
     if (usual) {
-      products(A, M, cross, slot);
+      if (part_ == 0) {
+        products<0>(A, M, cross, slot);
+      } else {
+        products<1>(A, M, cross, slot);
+      }
     } else {
       unusual_products(A, M, cross, slot, raw, decays);
       ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
@@ -342,7 +350,7 @@ class SquareWarp {
   int warp_, lane_;
   int rank_;  // of the block in its cluster
   int part_;  // of every chunk
-  int tokens_, chunks_;
+  int tokens_;
 };
 
 }  // namespace flashkda::cuda::sm90::prefill
