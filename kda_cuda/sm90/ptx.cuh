@@ -35,6 +35,21 @@ __device__ __forceinline__ void mbarrier_wait_at(uint32_t barrier, uint32_t pari
       : "memory");
 }
 
+// The same for a whole warp, which the compiler then knows to stay together: a loop that lanes may
+// leave one by one costs it uniform registers, and the code around it spills.
+__device__ __forceinline__ void mbarrier_wait_together_at(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "wait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "vote.sync.all.pred done, done, 0xffffffff;\n"
+      "@!done bra wait;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 // The same place in the shared memory of a block of the cluster.
 __device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t rank) {
   uint32_t there;

@@ -191,9 +191,13 @@ class Chain {
     return reinterpret_cast<const float4*>(x)[lane_ % 4];
   }
 
-  // Tells the block that makes the slot's chunks.
-  __device__ __forceinline__ void release(int slot) const {
-    const uint32_t empty = at_of(&s_.empty[slot / Cfg::kCluster]);
+  // Tells the block that makes the slot's chunks. last: what was read of the slot last, and is not
+  // used before this. Decays have no sign, so that it only delays the address.
+  __device__ __forceinline__ void release(int slot, const Decays& last) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) bits |= __float_as_uint(last[n].x);
+    const uint32_t empty = at_of(&s_.empty[slot / Cfg::kCluster]) + (bits >> 31);
     if constexpr (Cfg::kCluster > 1) {
       __syncwarp();
       if (cute::elect_one_sync()) {
@@ -290,7 +294,6 @@ class Chain {
     cute::warpgroup_wait<0>();
     fence(d);
     load_values(v_late, at, 1);
-    ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
     if (left < kChunk) {
       keep_tokens(v, left);
       keep_tokens(v_late, left - kPart);
@@ -302,6 +305,7 @@ class Chain {
     multiply(d[6], d[7], u, early.cross);
     solve(d[2], d[3], u_late, v_late, late);
     start_update(S, u_late, tiles, 1);
+    ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
     __syncwarp();  // the last outputs have been read
     finish_output(d[4], d[5], d[0], d[1], u, early, 0);
     finish_output(d[6], d[7], d[2], d[3], u_late, late, 1);
@@ -309,7 +313,7 @@ class Chain {
     load_decays(leave, slot.leave);
     cute::warpgroup_wait<0>();
     fence(S);
-    release(at);
+    release(at, leave);
     decay(S, leave);
   }
 

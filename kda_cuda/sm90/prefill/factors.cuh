@@ -294,7 +294,6 @@ class FactorWarp {
     }
     ptx::mbarrier_wait_at(at(&s_.empty[own.at]), own.parity ^ 1);
     load_tokens(k, q, raw, left, place);
-    if (decay != kSplits) ptx::mbarrier_arrive_at(at(&s_.raw_empty[turn]));
     if (lane_ == 0) s_.decay[own.at][part][warp_] = decay;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
@@ -345,7 +344,7 @@ class FactorWarp {
     float beside[kOwn];
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) beside[c] = __shfl_xor_sync(~0u, product(e, c), 8);
-    const int barrier = split_barrier(part, group_, warp_);
+    const uint32_t meeting = at(&s_.meeting[turn][warp_]);
     ptx::mbarrier_wait_at(at(&s_.norms[turn]), parity);
     __syncwarp();
 #pragma unroll 1
@@ -385,11 +384,10 @@ class FactorWarp {
         unpack(x, q[i]);
         store(reinterpret_cast<char*>(raw.q[half]) + place(i), x, f[i]);
       }
-      ptx::barrier_sync(barrier, kSplitThreads);
-      ptx::barrier_sync(barrier, kSplitThreads);
+      ptx::fence_async_proxy();  // after the last level the copy engine writes here
+      meet(meeting, 0);
+      meet(meeting, 1);
     }
-    ptx::fence_async_proxy();
-    ptx::mbarrier_arrive_at(at(&s_.raw_empty[turn]));
   }
 
   const Problem& p_;

@@ -33,8 +33,11 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
     constexpr int kChainThreads = Cfg::kChainGroups * kGroupThreads;
     for (int i = 0; i < kRaw; ++i) {
       ptx::mbarrier_init(&s.raw_full[i], 1);
-      ptx::mbarrier_init(&s.raw_empty[i], 5 * 32);  // factor warps and a square warp
+      ptx::mbarrier_init(&s.raw_empty[i], 32);
       ptx::mbarrier_init(&s.norms[i], 32);
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        ptx::mbarrier_init(&s.meeting[i][quarter], kMeetingThreads);
+      }
     }
     for (int i = 0; i < Cfg::kOwn; ++i) {
       ptx::mbarrier_init(&s.factors_full[i], kGroupThreads);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../common/params.h"
+#include "../ptx.cuh"
 #include "shared.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
@@ -23,12 +24,13 @@ __device__ __forceinline__ SteepRight steep_right(DType gate, int quarter) {
 // kSplits: at level n, tokens in the upper half of a block of 2 n meet those in its lower half,
 // with the decay split at the middle of the block, so that both parts are products of numbers <= 1.
 // A factor warp writes k and q times theirs where k and q were, the square warp multiplies, and
-// they meet before and after at a named barrier, one for each factor warp and part.
-inline constexpr int kSplitThreads = 2 * 32;
+// they meet before and after, at a barrier of the square warp's raw slot and the quarter. Neither
+// can be a phase ahead of the other, and every use takes an even number of phases.
+inline constexpr int kMeetingThreads = 2 * 32;
 
-// All sixteen are taken, __syncthreads' too, which nobody calls any more.
-__device__ __forceinline__ int split_barrier(int part, int group, int quarter) {
-  return 8 * part + 4 * group + quarter;
+__device__ __forceinline__ void meet(uint32_t barrier, uint32_t parity) {
+  ptx::mbarrier_arrive_at(barrier);
+  ptx::mbarrier_wait_together_at(barrier, parity);
 }
 
 }  // namespace flashkda::cuda::sm90::prefill

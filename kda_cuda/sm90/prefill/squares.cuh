@@ -204,10 +204,10 @@ class SquareWarp {
     const uint32_t k_place = block(at(raw.k[half]), piece, by_row(lane_));
     const uint32_t q_place = block(at(raw.q[half]), piece, by_row(lane_));
     const uint32_t right_place = block(at(raw.k[half]), piece, by_column(lane_));
-    const int group = warp_ / 2 % Cfg::kFactorGroups;
+    const uint32_t meeting = at(&s_.meeting[warp_][quarter]);
 #pragma unroll 1
     for (int level = kPart / 2; level > 0; level /= 2) {
-      ptx::barrier_sync(split_barrier(part_, group, quarter), kSplitThreads);
+      meet(meeting, 0);
       Square level_A = {}, level_M = {};
 #pragma unroll 1
       for (int i = 0; i < kQuarter / 16; ++i) {
@@ -229,7 +229,7 @@ class SquareWarp {
           }
         }
       }
-      ptx::barrier_sync(split_barrier(part_, group, quarter), kSplitThreads);
+      meet(meeting, 1);
     }
   }
 
