@@ -155,22 +155,27 @@ class Chain {
     cute::warpgroup_commit_batch();
   }
 
-  // S^T += U^T right, of a part.
+  // S^T += U^T right, of a part: U rounded, and what rounding took of it.
   __device__ __forceinline__ void start_update(float (&S)[kTiles][4], const uint32_t (&u)[4],
-                                               uint32_t tiles, int part) const {
+                                               const uint32_t (&rest)[4], uint32_t tiles,
+                                               int part) const {
     using Product = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
     const uint64_t b =
         make_descriptor(tiles + (offsetof(Slot, right) + part * kPart * kRowBytes) / kPiece,
                         sizeof(Slot::right[0]));
     fence(S);
     cute::warpgroup_arrive();
+    const auto add = [&](const uint32_t (&a)[4]) {
 #define FLASHKDA_TILE(n) S[n][0], S[n][1], S[n][2], S[n][3]
-    Product::fma(u[0], u[1], u[2], u[3], b, FLASHKDA_TILE(0), FLASHKDA_TILE(1), FLASHKDA_TILE(2),
-                 FLASHKDA_TILE(3), FLASHKDA_TILE(4), FLASHKDA_TILE(5), FLASHKDA_TILE(6),
-                 FLASHKDA_TILE(7), FLASHKDA_TILE(8), FLASHKDA_TILE(9), FLASHKDA_TILE(10),
-                 FLASHKDA_TILE(11), FLASHKDA_TILE(12), FLASHKDA_TILE(13), FLASHKDA_TILE(14),
-                 FLASHKDA_TILE(15));
+      Product::fma(a[0], a[1], a[2], a[3], b, FLASHKDA_TILE(0), FLASHKDA_TILE(1), FLASHKDA_TILE(2),
+                   FLASHKDA_TILE(3), FLASHKDA_TILE(4), FLASHKDA_TILE(5), FLASHKDA_TILE(6),
+                   FLASHKDA_TILE(7), FLASHKDA_TILE(8), FLASHKDA_TILE(9), FLASHKDA_TILE(10),
+                   FLASHKDA_TILE(11), FLASHKDA_TILE(12), FLASHKDA_TILE(13), FLASHKDA_TILE(14),
+                   FLASHKDA_TILE(15));
 #undef FLASHKDA_TILE
+    };
+    add(u);
+    add(rest);
     cute::warpgroup_commit_batch();
   }
 
@@ -240,6 +245,21 @@ class Chain {
     to_operand<Elem>(u, d0, d1);
   }
 
+  // What is left of two tiles that have been rounded to an operand. The state adds up the rounding
+  // errors of every token, so that it is given both.
+  __device__ __forceinline__ void round_off(uint32_t (&rest)[4], const float (&d0)[4],
+                                            const float (&d1)[4],
+                                            const uint32_t (&rounded)[4]) const {
+    const auto less = [](float x, float y, uint32_t rounded) {
+      const float2 r = Traits::unpack(rounded);
+      return Traits::pack(x - r.x, y - r.y);
+    };
+    rest[0] = less(d0[0], d0[1], rounded[0]);
+    rest[1] = less(d0[2], d0[3], rounded[1]);
+    rest[2] = less(d1[0], d1[1], rounded[2]);
+    rest[3] = less(d1[2], d1[3], rounded[3]);
+  }
+
   // q S + M U, but for the late part's cross product, and scaled.
   __device__ __forceinline__ void finish_output(float (&d0)[4], float (&d1)[4],
                                                 const float (&u0)[4], const float (&u1)[4],
@@ -288,7 +308,7 @@ class Chain {
     float d[8][4];
     start_state_product(d, S, tiles);
     shadow();
-    uint32_t v[4], v_late[4], u[4], u_late[4];
+    uint32_t v[4], v_late[4], u[4], u_late[4], rest[4], rest_late[4];
     ptx::mbarrier_wait_at(at_of(&s_.values_full[at]), parity);
     load_values(v, at, 0);
     cute::warpgroup_wait<0>();
@@ -299,12 +319,14 @@ class Chain {
       keep_tokens(v_late, left - kPart);
     }
     solve(d[0], d[1], u, v, early);
-    start_update(S, u, tiles, 0);
+    round_off(rest, d[0], d[1], u);
+    start_update(S, u, rest, tiles, 0);
     inside();
     multiply(d[2], d[3], u, late.cross);
     multiply(d[6], d[7], u, early.cross);
     solve(d[2], d[3], u_late, v_late, late);
-    start_update(S, u_late, tiles, 1);
+    round_off(rest_late, d[2], d[3], u_late);
+    start_update(S, u_late, rest_late, tiles, 1);
     ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
     __syncwarp();  // the last outputs have been read
     finish_output(d[4], d[5], d[0], d[1], u, early, 0);
