@@ -85,7 +85,7 @@ cudaError_t launch_one_token(const Problem& p, const Params& params, cudaStream_
     if (error != cudaSuccess) return error;
     configured[device].store(true, std::memory_order_release);
   }
-  kKernel<<<blocks_for(p, one_token_columns(kState)), kThreads, 0, stream>>>(params);
+  kKernel<<<blocks_for(p, kOneTokenColumns), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

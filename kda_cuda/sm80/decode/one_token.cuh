@@ -101,9 +101,9 @@ __device__ __forceinline__ void step_v_first(const Block<Slice, kColumns>& block
 }
 
 template <DType kState, int K, bool kVFirst>
-__global__ void __launch_bounds__(kThreads, one_token_blocks(kState, kVFirst))
+__global__ void __launch_bounds__(kThreads, kOneTokenBlocks)
     one_token_kda_kernel(const __grid_constant__ Params p) {
-  constexpr int kColumns = one_token_columns(kState), kSlices = K / kColumns;
+  constexpr int kColumns = kOneTokenColumns, kSlices = K / kColumns;
   constexpr int kElement = kState == DType::kF32 ? 4 : 2;
   using Slice = SliceMap<kState, K, kVFirst, kColumns>;
   __shared__ Block<Slice, kColumns> block;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, one_token_blocks(kState, kVFirst))
              (rows.target * p.final_state.stride_n + first) * kElement;
   auto put = [&](int i, const float (&s)[Slice::kWidth]) {
     if (rows.target == kNoRow) return;
-    __stcs(reinterpret_cast<uint4*>(to + Slice::offset(i, K) * kElement), pack(s));
+    *reinterpret_cast<uint4*>(to + Slice::offset(i, K) * kElement) = pack(s);
   };
   const int64_t o_at = element(p.o, n, 0, hv) + slice * kColumns;
   if constexpr (kVFirst) {
