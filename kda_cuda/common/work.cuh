@@ -42,17 +42,14 @@ __device__ __forceinline__ int64_t sequence_of_rank(const Problem& p, int64_t ra
 // Ranking is quadratic in N; past this many sequences their own order balances well enough.
 inline constexpr int64_t kMaxRanked = 128;
 
-// VS: the value columns of a block. kChunk: the tokens of a chunk.
-template <int VS, int kChunk>
-__device__ __forceinline__ Work find_work(const Problem& p, int* shared) {
+// `number` counts the heads of all sequences. kChunk: the tokens of a chunk.
+template <int kChunk>
+__device__ __forceinline__ Work find_work(const Problem& p, int64_t number, int v0, int* shared) {
   Work w;
-  const int slices = p.V / VS;
-  int64_t block = blockIdx.x;
-  w.v0 = static_cast<int>(block % slices) * VS;
-  block /= slices;
-  w.hv = static_cast<int>(block % p.HV);
+  w.v0 = v0;
+  w.hv = static_cast<int>(number % p.HV);
   w.h = w.hv / (p.HV / p.H);
-  w.n = block / p.HV;
+  w.n = number / p.HV;
   if (p.cu_seqlens == nullptr) {
     w.row = w.n;
     w.begin = 0;

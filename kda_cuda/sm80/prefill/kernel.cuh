@@ -28,7 +28,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     prefill_kernel(const __grid_constant__ Problem p, const __grid_constant__ Ring ring) {
   extern __shared__ __align__(128) char smem[];
   Barriers* barriers = barriers_at(smem);
-  const Work w = find_work<Cfg::VS, kChunk>(p, &barriers->sequence);
+  const int64_t slices = p.V / Cfg::VS;
+  const Work w = find_work<kChunk>(
+      p, blockIdx.x / slices, static_cast<int>(blockIdx.x % slices) * Cfg::VS, &barriers->sequence);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   // Every thread arrives for itself. One of a warp would do, and is no faster; but it is threads

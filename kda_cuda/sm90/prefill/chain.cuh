@@ -23,6 +23,7 @@
 #include "../ptx.cuh"
 #include "shared.cuh"
 #include "tile.cuh"
+#include "turn.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 
@@ -34,8 +35,8 @@ class Chain {
   static constexpr int kTiles = kChannels / 8;  // of the accumulator: eight channels each
 
  public:
-  __device__ Chain(const Problem& p, const Work& w, Shared<Cfg>& s, int warp, int lane)
-      : p_(p), w_(w), s_(s), lane_(lane), warp_(warp) {}
+  __device__ Chain(const Problem& p, const Work& w, Shared<Cfg>& s, int rank, int warp, int lane)
+      : p_(p), w_(w), s_(s), rank_(rank), lane_(lane), warp_(warp) {}
 
   __device__ void run() {
     static_assert(kCheckpointUnit == kPart, "a checkpoint lies between two parts");
@@ -202,11 +203,12 @@ class Chain {
     uint32_t bits = 0;
 #pragma unroll
     for (int n = 0; n < kTiles / 2; ++n) bits |= __float_as_uint(last[n].x);
-    const uint32_t empty = at_of(&s_.empty[slot / Cfg::kCluster]) + (bits >> 31);
+    const Maker maker = maker_of<Cfg>(slot, rank_);
+    const uint32_t empty = at_of(&s_.empty[maker.stage]) + (bits >> 31);
     if constexpr (Cfg::kCluster > 1) {
       __syncwarp();
       if (cute::elect_one_sync()) {
-        ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, slot % Cfg::kCluster));
+        ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, maker.rank));
       }
     } else {
       ptx::mbarrier_arrive_at(empty);
@@ -348,6 +350,7 @@ class Chain {
   const Problem& p_;
   const Work& w_;
   Shared<Cfg>& s_;
+  int rank_;  // of the block in its cluster
   int lane_;
   int warp_;  // of all chain warps: 16 value columns each
 };

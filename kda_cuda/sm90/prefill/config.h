@@ -9,15 +9,19 @@ inline constexpr int kChannels = 128;     // K
 inline constexpr int kGroupThreads = 128;
 inline constexpr int kSquareWarps = 4;
 
-// VS: the value columns that one block carries the state of, 64 of them a chain warpgroup. Where
-// that is a slice of V, the blocks of all slices are a cluster and each makes every kCluster-th
-// chunk for all.
-template <int VS_>
+// VS: the value columns that one block carries the state of, 64 of them a chain warpgroup.
+// kChainBlocks_ of these are a cluster, with kMakerBlocks_ that carry none and make chunks for them
+// (turn.cuh says which).
+template <int VS_, int kChainBlocks_, int kMakerBlocks_>
 struct Config {
   static constexpr int VS = VS_;
-  static constexpr int kCluster = kChannels / VS;
+  static constexpr int kChainBlocks = kChainBlocks_;
+  static constexpr int kMakerBlocks = kMakerBlocks_;
+  static constexpr int kCluster = kChainBlocks + kMakerBlocks;
+  static constexpr int kHeads = kChainBlocks * VS / kChannels;  // of a cluster
   static constexpr int kChainGroups = VS / 64;
   static constexpr int kFactorGroups = 3 - kChainGroups;  // each makes a chunk
+  static constexpr bool kMakersOnly = kMakerBlocks == 2;  // chain blocks make none
   static constexpr int kThreads = 4 * kGroupThreads;
   static constexpr int kChainRegisters = kChainGroups == 2 ? 160 : 184;
   static constexpr int kSquareRegisters = 96;
@@ -27,17 +31,29 @@ struct Config {
                     512,
                 "a multiprocessor has 512 registers for each of 128 threads");
 
-  static constexpr int kSlots = 4;                // of finished chunks and of v
-  static constexpr int kOwn = kSlots / kCluster;  // slots whose chunks this block makes
-  static_assert(kSlots % kCluster == 0 && kOwn % kFactorGroups == 0);
+  static constexpr int kSlots = kMakersOnly ? 6 : 4;  // of finished chunks and of v
+  // Slots whose chunks a block makes, if it makes any.
+  static constexpr int kOwn = kMakersOnly         ? kSlots / kMakerBlocks
+                              : kMakerBlocks == 1 ? kSlots - 1
+                                                  : kSlots / kChainBlocks;
+  // Blocks that read a chunk.
+  static constexpr int kReaders = kHeads == 1 ? kChainBlocks : 1;
 };
+
+using Whole = Config<128, 1, 0>;   // a head a block
+using Halves = Config<64, 2, 0>;   // a head on two blocks, each of which makes every other chunk
+using Fed = Config<64, 2, 2>;      // the same with two blocks that make all chunks
+using Threes = Config<128, 3, 1>;  // three heads, for each of which the fourth block makes one
+                                   // chunk in four
 
 inline constexpr int kRaw = 4;    // of a part's q, k and g
 inline constexpr int kAhead = 2;  // how many of a block's parts before its turn a part is loaded
 
 // A wait on a parity is only sound if the barrier is not a whole phase further behind: who waits
 // for a slot's use has to know of the use before it. A square warp therefore loads the same raw
-// slots again and again, and factor groups, taking turns, meet the same slots too.
+// slots again and again, and factor groups, taking turns, meet the same raw slots too. Who has a
+// chunk's raw parts knows that the warps of the block's chunk but two before, which had the slot
+// that is this chunk's if there are three, are done with it: they loaded these parts afterwards.
 static_assert(kRaw % kSquareWarps == 0 && kRaw % 2 == 0);
 
 // A tile is stored in halves of 64 channels, whose rows of 128 bytes are swizzled as the copy

@@ -20,6 +20,7 @@
 #include "shared.cuh"
 #include "splits.cuh"
 #include "tile.cuh"
+#include "turn.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 
@@ -34,20 +35,17 @@ class FactorWarp {
   using Bits = uint2[kSpan];  // of four 16-bit elements a token
 
  public:
-  __device__ FactorWarp(const Problem& p, const Work& w, Shared<Cfg>& s, int warp, int lane)
+  __device__ FactorWarp(const Problem& p, const Work& w, Shared<Cfg>& s, int rank, int warp,
+                        int lane)
       : p_(p),
         s_(s),
-        rank_(w.v0 / Cfg::VS),
+        rank_(rank),
         group_(warp / 4),
         warp_(warp % 4),
         lane_(lane),
         tokens_(static_cast<int>(w.tokens)),
         chunks_(w.chunks) {
-    params_ = load_decay_params(p, w.hv);
-#pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
-      shift_[c] = load_shift(p, params_, w.hv, warp_ * kQuarter + lane % 8 * kOwn + c);
-    }
+    load_head(w.hv);
   }
 
   __device__ void run() {
@@ -61,6 +59,14 @@ class FactorWarp {
  private:
   static __device__ __forceinline__ uint32_t at(const void* part) {
     return ptx::smem_address(part);
+  }
+
+  __device__ __forceinline__ void load_head(int hv) {
+    params_ = load_decay_params(p_, hv);
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) {
+      shift_[c] = load_shift(p_, params_, hv, warp_ * kQuarter + lane_ % 8 * kOwn + c);
+    }
   }
 
   template <class G>
@@ -79,20 +85,22 @@ class FactorWarp {
   template <Gate kGate, class G>
   __device__ __forceinline__ void walk() {
     Cursor<kRaw> raw(2 * group_);
-    Cursor<Cfg::kOwn> own(group_);
+    Turn<Cfg> turn(rank_, group_);
 #pragma unroll 1
-    for (int c = rank_ + group_ * Cfg::kCluster; c < chunks_;
-         c += Cfg::kFactorGroups * Cfg::kCluster) {
+    for (int c; (c = turn.chunk()) < chunks_; turn.advance(Cfg::kFactorGroups)) {
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
+      if constexpr (Cfg::kHeads > 1) {
+        if (!has_chain<Cfg>(rank_)) load_head(s_.origins[turn.head()].hv);
+      }
       int splits = 0;  // by parts
 #pragma unroll 1
       for (int part = 0; part < 2; ++part) {
-        const int decay = make<kGate, G>(part, tokens_ - c * kChunk - part * kPart, raw, own);
+        const int decay = make<kGate, G>(part, tokens_ - c * kChunk - part * kPart, raw, turn);
         splits |= (decay == kSplits) << part;
       }
       ptx::fence_async_proxy();
-      ptx::mbarrier_arrive_at(at(&s_.factors_full[own.at]));
+      ptx::mbarrier_arrive_at(at(&s_.factors_full[turn.stage]));
 #pragma unroll 1
       for (int part = 0; splits != 0 && part < 2; ++part) {
         if (splits >> part & 1) {
@@ -100,7 +108,6 @@ class FactorWarp {
         }
       }
       raw.advance(2 * Cfg::kFactorGroups);
-      own.advance(Cfg::kFactorGroups);
     }
   }
 
@@ -257,14 +264,14 @@ class FactorWarp {
   // A part of a chunk. raw_at: of the chunk's early part.
   template <Gate kGate, class G>
   __device__ __forceinline__ int make(int part, int left, const Cursor<kRaw>& raw_at,
-                                      const Cursor<Cfg::kOwn>& own) const {
-    const int turn = raw_at.at + part;
-    Raw& raw = s_.raw[turn];
-    Slot& slot = s_.slots[own.at * Cfg::kCluster + rank_];
+                                      const Turn<Cfg>& turn) const {
+    const int raw_slot = raw_at.at + part;
+    Raw& raw = s_.raw[raw_slot];
+    Slot& slot = s_.slots[turn.place()];
     const Place place(lane_, warp_);
     const int span = lane_ / 8, half = warp_ / 2;
 
-    ptx::mbarrier_wait_at(at(&s_.raw_full[turn]), raw_at.parity);
+    ptx::mbarrier_wait_at(at(&s_.raw_full[raw_slot]), raw_at.parity);
     Bits k, q;
     Decays e;
     load_decays<kGate, G>(e, raw, left, place);
@@ -292,9 +299,9 @@ class FactorWarp {
         for (int c = 0; c < kOwn; ++c) total[c] = fmaxf(total[c], bound);
       }
     }
-    ptx::mbarrier_wait_at(at(&s_.empty[own.at]), own.parity ^ 1);
+    ptx::mbarrier_wait_at(at(&s_.empty[turn.stage]), turn.parity ^ 1);
     load_tokens(k, q, raw, left, place);
-    if (lane_ == 0) s_.decay[own.at][part][warp_] = decay;
+    if (lane_ == 0) s_.decay[turn.stage][part][warp_] = decay;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       const float inverse = ptx::rcp(total[c]);
@@ -321,7 +328,7 @@ class FactorWarp {
         before[c] = (span & 1 ? beside : 1.f) * (span & 2 ? 1.f : inverse);
         after[c] = (span & 1 ? 1.f : beside) * (span & 2 ? inverse : 1.f);
       }
-      ptx::mbarrier_wait_at(at(&s_.norms[turn]), raw_at.parity);
+      ptx::mbarrier_wait_at(at(&s_.norms[raw_slot]), raw_at.parity);
       __syncwarp();
       const SteepRight right = steep_right(p_.g.dtype, warp_);
       write(Tiles{reinterpret_cast<char*>(raw.k[half]), reinterpret_cast<char*>(raw.q[half]),
@@ -333,8 +340,8 @@ class FactorWarp {
 
   // Meets the square warp at every level of splits.
   template <Gate kGate, class G>
-  __device__ __forceinline__ void split(int part, int left, int turn, uint32_t parity) const {
-    Raw& raw = s_.raw[turn];
+  __device__ __forceinline__ void split(int part, int left, int raw_slot, uint32_t parity) const {
+    Raw& raw = s_.raw[raw_slot];
     const Place place(lane_, warp_);
     const int span = lane_ / 8, half = warp_ / 2;
     Bits k, q;
@@ -344,8 +351,8 @@ class FactorWarp {
     float beside[kOwn];
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) beside[c] = __shfl_xor_sync(~0u, product(e, c), 8);
-    const uint32_t meeting = at(&s_.meeting[turn][warp_]);
-    ptx::mbarrier_wait_at(at(&s_.norms[turn]), parity);
+    const uint32_t meeting = at(&s_.meeting[raw_slot][warp_]);
+    ptx::mbarrier_wait_at(at(&s_.norms[raw_slot]), parity);
     __syncwarp();
 #pragma unroll 1
     for (int level = kPart / 2; level > 0; level /= 2) {

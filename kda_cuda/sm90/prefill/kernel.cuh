@@ -1,4 +1,5 @@
-// Prefill on Hopper: one block walks one (sequence, head, slice of V).
+// Prefill on Hopper: a block walks one (sequence, head, slice of V), or makes chunks for the blocks
+// of its cluster that do.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +8,7 @@
 #include "factors.cuh"
 #include "shared.cuh"
 #include "squares.cuh"
+#include "turn.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 
@@ -18,7 +20,11 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   // From a register: the block's window in shared memory would be found anew for every use.
   const int base = ptx::opaque(static_cast<int>(ptx::smem_address(smem)));
   Shared<Cfg>& s = *static_cast<Shared<Cfg>*>(__cvta_shared_to_generic(base));
-  const Work found = find_work<Cfg::VS, kChunk>(p, &s.sequence);
+  const int rank = blockIdx.x % Cfg::kCluster;
+  const bool chains = has_chain<Cfg>(rank);
+  const Work found = find_work<kChunk>(
+      p, int64_t{blockIdx.x / Cfg::kCluster} * Cfg::kHeads + (Cfg::kHeads > 1 && chains ? rank : 0),
+      Cfg::kHeads == 1 && chains ? rank * Cfg::VS : 0, &s.sequence);
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   __builtin_assume(warp >= 0);
@@ -28,8 +34,11 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
 
   if (threadIdx.x == 0) {
     s.work = found;
-    s.origin = {static_cast<int>(found.begin), static_cast<int>(found.row), found.h, found.hv,
-                found.v0 / kHalf};
+    for (int i = 0; i < Cfg::kHeads; ++i) {
+      const int hv = found.hv + i;
+      s.origins[i] = {static_cast<int>(found.begin), static_cast<int>(found.row), hv / (p.HV / p.H),
+                      hv, found.v0 / kHalf};
+    }
     constexpr int kChainThreads = Cfg::kChainGroups * kGroupThreads;
     for (int i = 0; i < kRaw; ++i) {
       ptx::mbarrier_init(&s.raw_full[i], 1);
@@ -43,7 +52,7 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
       ptx::mbarrier_init(&s.factors_full[i], kGroupThreads);
       // Within a block every chain thread arrives for itself, over a cluster a warp does.
       ptx::mbarrier_init(&s.empty[i],
-                         Cfg::kCluster > 1 ? Cfg::kCluster * kChainThreads / 32 : kChainThreads);
+                         Cfg::kCluster > 1 ? Cfg::kReaders * kChainThreads / 32 : kChainThreads);
     }
     for (int i = 0; i < Cfg::kSlots; ++i) {
       ptx::mbarrier_init(&s.full[i], 2);  // by parts, as v
@@ -58,14 +67,20 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
 
   if (group < Cfg::kChainGroups) {
     ptx::more_registers<Cfg::kChainRegisters>();
-    Chain<Cfg>(p, w, s, warp, lane).run();
+    if (chains) Chain<Cfg>(p, w, s, rank, warp, lane).run();
   } else if (group < Cfg::kChainGroups + Cfg::kFactorGroups) {
     ptx::fewer_registers<Cfg::kFactorRegisters>();
-    FactorWarp<Cfg>(p, w, s, warp - 4 * Cfg::kChainGroups, lane).run();
+    if (makes_chunks<Cfg>(rank)) {
+      FactorWarp<Cfg>(p, w, s, rank, warp - 4 * Cfg::kChainGroups, lane).run();
+    }
   } else {
     ptx::fewer_registers<Cfg::kSquareRegisters>();
-    const int rank = warp - 4 * (Cfg::kChainGroups + Cfg::kFactorGroups);
-    SquareWarp<Cfg>(p, maps, w, s, rank, lane).run();
+    const int square = warp - 4 * (Cfg::kChainGroups + Cfg::kFactorGroups);
+    if (makes_chunks<Cfg>(rank)) {
+      SquareWarp<Cfg>(p, maps, w, s, rank, square, lane).run();
+    } else if (square < 2) {
+      Loader<Cfg>(p, maps, s).load_all_values(square, static_cast<int>(w.tokens));
+    }
   }
   // Others may still arrive at this block's barriers.
   if constexpr (Cfg::kCluster > 1) ptx::cluster_sync();

@@ -19,10 +19,10 @@ class Loader {
         gate_bytes_(p.g.dtype == DType::kF32 ? sizeof(Raw::g) : sizeof(Raw::g) / 2) {}
 
   // q, k and g of a part, from token `first` of the sequence on, for the use of the slot that has
-  // this parity.
-  __device__ __forceinline__ void load_raw(int first, int slot, uint32_t parity) const {
+  // this parity. head: of the cluster's.
+  __device__ __forceinline__ void load_raw(int first, int head, int slot, uint32_t parity) const {
     if (cute::elect_one_sync()) {
-      const Origin x = s_.origin;
+      const Origin x = s_.origins[head];
       const Raw& to = s_.raw[slot];
       const uint32_t full = at(&s_.raw_full[slot]);
       ptx::mbarrier_wait_at(at(&s_.raw_empty[slot]), parity ^ 1);
@@ -34,25 +34,37 @@ class Loader {
     __syncwarp();
   }
 
-  // The block's columns of v of this part of the chunks that the cluster makes at a turn, its own
-  // and the others', when the turn begins: earlier, this would wait for the chain to have read the
-  // slots. first: the first token of them; tokens: of the sequence.
-  __device__ __forceinline__ void load_values(int first, int tokens, int part,
-                                              const Cursor<Cfg::kOwn>& own) const {
+  // The block's columns of v of this part of `count` chunks, from slot `first` of the ring's round
+  // on, if the sequence has these. Not before the chunks' turn: earlier, this would wait for the
+  // chain to have read the slots.
+  __device__ __forceinline__ void load_values(int ring, int first, int count, int part,
+                                              uint32_t parity, int tokens) const {
     if (cute::elect_one_sync()) {
-      const Origin x = s_.origin;
+      const Origin x = s_.origins[0];
 #pragma unroll
-      for (int i = 0; i < Cfg::kCluster; ++i) {
-        const int slot = own.at * Cfg::kCluster + i;
-        if (first + i * kChunk >= tokens) break;
+      for (int i = 0; i < count; ++i) {
+        const int slot = first + i, token = (ring + slot) * kChunk;
+        if (token >= tokens) break;
         const uint32_t full = at(&s_.values_full[slot]);
-        ptx::mbarrier_wait_at(at(&s_.values_empty[slot]), own.parity ^ 1);
+        ptx::mbarrier_wait_at(at(&s_.values_empty[slot]), parity ^ 1);
         ptx::mbarrier_expect(full, sizeof(s_.values[slot][part]));
-        ptx::copy_box(&maps_.v, at(&s_.values[slot][part]), full, 0,
-                      x.begin + first + i * kChunk + part * kPart, x.half, x.hv, x.row);
+        ptx::copy_box(&maps_.v, at(&s_.values[slot][part]), full, 0, x.begin + token + part * kPart,
+                      x.half, x.hv, x.row);
       }
     }
     __syncwarp();
+  }
+
+  // The same of all chunks, for a block that makes none.
+  __device__ __forceinline__ void load_all_values(int part, int tokens) const {
+    Cursor<Cfg::kSlots> slot(0);
+    int ring = 0;
+#pragma unroll 1
+    while ((ring + slot.at) * kChunk < tokens) {
+      load_values(ring, slot.at, 1, part, slot.parity, tokens);
+      slot.advance(1);
+      ring += slot.at == 0 ? Cfg::kSlots : 0;
+    }
   }
 
  private:

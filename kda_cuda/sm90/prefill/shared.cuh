@@ -76,16 +76,32 @@ enum Decay : int {
   kSplits,  // from factors about the middles of ever smaller blocks, one after another
 };
 
-// Where a block's chain begins, as the copy engine counts.
+// Where a head's sequence begins, as the copy engine counts.
 struct alignas(16) Origin {
   int begin, row, h, hv;
-  int half;  // its first value columns
+  int half;  // the block's first value columns
+};
+
+template <class Cfg, bool kMakersOnly = Cfg::kMakersOnly>
+struct Rings {
+  Slot slots[Cfg::kSlots];
+  Raw raw[kRaw];
+};
+
+// Who makes chunks has no chain, and needs room for its own only.
+template <class Cfg>
+struct Rings<Cfg, true> {
+  union {
+    Slot slots[Cfg::kSlots];
+    struct {
+      Slot own_slots[Cfg::kOwn];
+      Raw raw[kRaw];
+    };
+  };
 };
 
 template <class Cfg>
-struct Shared {
-  Slot slots[Cfg::kSlots];
-  Raw raw[kRaw];
+struct Shared : Rings<Cfg> {
   Values<Cfg> values[Cfg::kSlots][2];
   Scratch scratch[kSquareWarps];
   __nv_bfloat16 o[4 * Cfg::kChainGroups][2][kPart * kPart];  // a chain warp's, on its way out
@@ -96,10 +112,10 @@ struct Shared {
   uint64_t meeting[kRaw][4];  // of the square warp with a factor warp (splits.cuh)
   uint64_t factors_full[Cfg::kOwn];
   uint64_t full[Cfg::kSlots];
-  uint64_t empty[Cfg::kOwn];  // all the cluster's chains have read the slot
+  uint64_t empty[Cfg::kOwn];  // all the slot's readers have read it
   uint64_t values_full[Cfg::kSlots], values_empty[Cfg::kSlots];
   Work work;  // kept here, because registers are scarce
-  Origin origin;
+  Origin origins[Cfg::kHeads];
   int sequence;  // what sequence_of_rank found
 };
 

@@ -13,6 +13,7 @@
 #include "shared.cuh"
 #include "splits.cuh"
 #include "tile.cuh"
+#include "turn.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 
@@ -26,47 +27,43 @@ class SquareWarp {
   using Square = float[2][4];
 
  public:
-  __device__ SquareWarp(const Problem& p, const Maps& maps, const Work& w, Shared<Cfg>& s, int warp,
-                        int lane)
+  __device__ SquareWarp(const Problem& p, const Maps& maps, const Work& w, Shared<Cfg>& s, int rank,
+                        int warp, int lane)
       : p_(p),
         w_(w),
         s_(s),
         loader_(p, maps, s),
         warp_(warp),
         lane_(lane),
-        rank_(w.v0 / Cfg::VS),
+        rank_(rank),
         part_(warp % 2),
         tokens_(static_cast<int>(w.tokens)) {}
 
   __device__ void run() {
-    // The first token of the cluster's chunks of this turn, and of the block's own.
-    int cluster_first = warp_ / 2 * kTurn, first = cluster_first + rank_ * kChunk;
-    if (warp_ < kAhead && first < tokens_) {
-      loader_.load_raw(first + part_ * kPart, warp_, 0);
-    }
-    Cursor<Cfg::kOwn> own(warp_ / 2);
+    Turn<Cfg> turn(rank_, warp_ / 2);
+    if (warp_ < kAhead) load_raw(turn, warp_, 0);
     uint32_t raw_parity = 0;
-    const TokenTensor& b = p_.beta;
-    int64_t beta_at = w_.row * b.stride_b + w_.hv * b.stride_h +
-                      (w_.begin + first + part_ * kPart + lane_) * b.stride_t;
-    uint32_t next_beta = load_beta(beta_at, tokens_ - first);
+    uint32_t next_beta = load_beta(turn);
 #pragma unroll 1
-    while (cluster_first < tokens_) {
+    while (true) {
+      const bool chains = has_chain<Cfg>(rank_);
+      const int first = turn.chunk() * kChunk;
+      if ((chains ? (turn.ring + turn.first_values()) * kChunk : first) >= tokens_) break;
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
-      const int ahead = first + kTurn;
-      if (ahead < tokens_) {
-        loader_.load_raw(ahead + part_ * kPart, warp_ ^ kAhead, raw_parity ^ (warp_ >= kAhead));
+      Turn<Cfg> next = turn;
+      next.advance(1);
+      load_raw(next, warp_ ^ kAhead, raw_parity ^ (warp_ >= kAhead));
+      if (chains) {
+        loader_.load_values(turn.ring, turn.first_values(), turn.values(), part_, turn.parity,
+                            tokens_);
       }
-      loader_.load_values(cluster_first, tokens_, part_, own);
       const uint32_t beta = next_beta;
-      beta_at += 2 * kTurn * b.stride_t;
-      next_beta = load_beta(beta_at, tokens_ - first - 2 * kTurn);
-      if (first < tokens_) make(tokens_ - first - part_ * kPart, raw_parity, own, beta);
-      cluster_first += 2 * kTurn;
-      first += 2 * kTurn;
+      next.advance(1);
+      next_beta = load_beta(next);
+      if (first < tokens_) make(tokens_ - first - part_ * kPart, raw_parity, turn, beta);
       raw_parity ^= 1;
-      own.advance(2);
+      turn = next;
     }
   }
 
@@ -76,19 +73,27 @@ class SquareWarp {
   }
 
   // Warps 0 and 1 take the parts of a chunk and warps 2 and 3 those of the block's next.
-  static constexpr int kTurn = Cfg::kCluster * kChunk;
   static_assert(kSquareWarps == 4 && kRaw == 4 && kAhead == 2);  // in parts
+
+  // Begins to load the part of the turn's chunk, if there is one.
+  __device__ __forceinline__ void load_raw(const Turn<Cfg>& turn, int slot, uint32_t parity) const {
+    const int first = turn.chunk() * kChunk;
+    if (first < tokens_) loader_.load_raw(first + part_ * kPart, turn.head(), slot, parity);
+  }
 
   __device__ __forceinline__ int row(int i) const { return lane_ / 4 + (i / 2) * 8; }
   __device__ __forceinline__ int column(int half, int i) const {
     return half * 8 + (lane_ % 4) * 2 + (i & 1);
   }
 
-  // The bits of the part's token lane's beta. left: tokens from the chunk's first on. Nothing waits
-  // for them before the next turn.
-  __device__ __forceinline__ uint32_t load_beta(int64_t place, int left) const {
-    if (lane_ >= kPart || part_ * kPart + lane_ >= left) return 0;
-    return load_bits(p_.beta.ptr, place, p_.beta.dtype);
+  // The bits of the part's token lane's beta. Nothing waits for them before the turn.
+  __device__ __forceinline__ uint32_t load_beta(const Turn<Cfg>& turn) const {
+    const TokenTensor& b = p_.beta;
+    const int token = turn.chunk() * kChunk + part_ * kPart + lane_;
+    if (lane_ >= kPart || token >= tokens_) return 0;
+    const int64_t place =
+        w_.row * b.stride_b + (w_.hv + turn.head()) * b.stride_h + (w_.begin + token) * b.stride_t;
+    return load_bits(b.ptr, place, b.dtype);
   }
 
   // Where this lane's row of a 16 x 16 block lies, for ldmatrix, from rows of 128 bytes on; of the
@@ -233,29 +238,38 @@ class SquareWarp {
     }
   }
 
-  // Tells the cluster's chains, after the other blocks have got their copy: of the factors with the
+  // Tells the chunk's readers; other blocks by the copy that they get, of the factors with the
   // early part.
-  __device__ __forceinline__ void hand_over(const Slot& slot, const uint64_t* full) const {
+  __device__ __forceinline__ void hand_over(const Turn<Cfg>& turn) const {
     if constexpr (Cfg::kCluster > 1) ptx::fence_async_proxy();
     __syncwarp();
     if (lane_ != 0) return;
-    ptx::mbarrier_arrive_at(at(full));
-    if constexpr (Cfg::kCluster > 1) {
-      static_assert(Cfg::kCluster == 2);
-      constexpr uint32_t kLate = offsetof(Slot, squares) + sizeof(Squares);
-      const uint32_t from = at(&slot) + part_ * kLate, bytes = part_ == 0 ? kLate : sizeof(Squares);
-      const uint32_t there = ptx::address_in(at(full), rank_ ^ 1);
+    const int slot = turn.slot();
+    const uint32_t full = at(&s_.full[slot]);
+    if (has_chain<Cfg>(rank_)) ptx::mbarrier_arrive_at(full);
+    constexpr uint32_t kLate = offsetof(Slot, squares) + sizeof(Squares);
+    const uint32_t offset = part_ * kLate, bytes = part_ == 0 ? kLate : sizeof(Squares);
+    const auto copy_to = [&](int rank) {
+      const uint32_t there = ptx::address_in(full, rank);
       ptx::mbarrier_expect_in_cluster(there, bytes);
-      ptx::copy_in_cluster(ptx::address_in(from, rank_ ^ 1), from, bytes, there);
+      ptx::copy_in_cluster(ptx::address_in(at(&s_.slots[slot]) + offset, rank),
+                           at(&s_.slots[turn.place()]) + offset, bytes, there);
+    };
+    if constexpr (Cfg::kMakersOnly) {
+#pragma unroll
+      for (int rank = 0; rank < Cfg::kReaders; ++rank) copy_to(rank);
+    } else if constexpr (Cfg::kHeads > 1) {
+      if (!has_chain<Cfg>(rank_)) copy_to(turn.head());
+    } else if constexpr (Cfg::kCluster == 2) {
+      copy_to(rank_ ^ 1);
     }
   }
 
   // rows: the part's tokens inside the sequence, if not more than it has; none may be.
-  __device__ __forceinline__ void make(int rows, uint32_t raw_parity, const Cursor<Cfg::kOwn>& own,
+  __device__ __forceinline__ void make(int rows, uint32_t raw_parity, const Turn<Cfg>& turn,
                                        uint32_t beta_bits) const {
     const Raw& raw = s_.raw[warp_];
-    const int slot_at = own.at * Cfg::kCluster + rank_;
-    Slot& slot = s_.slots[slot_at];
+    Slot& slot = s_.slots[turn.place()];
     Squares& to = slot.squares[part_];
     Scratch& scratch = s_.scratch[warp_];
 
@@ -282,8 +296,8 @@ class SquareWarp {
       }
     }
     ptx::mbarrier_arrive_at(at(&s_.norms[warp_]));
-    ptx::mbarrier_wait_at(at(&s_.factors_full[own.at]), own.parity);
-    const int4 decays = *reinterpret_cast<const int4*>(s_.decay[own.at][part_]);
+    ptx::mbarrier_wait_at(at(&s_.factors_full[turn.stage]), turn.parity);
+    const int4 decays = *reinterpret_cast<const int4*>(s_.decay[turn.stage][part_]);
     const bool usual = (decays.x | decays.y | decays.z | decays.w) == kUsual;
     if (usual) ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
     // The lanes that have the diagonals' elements lane / 4.
@@ -340,7 +354,7 @@ class SquareWarp {
     }
     __syncwarp();
     invert_triangle(to.T, scratch.A, scratch.rk, scratch.beta, lane_);
-    hand_over(slot, &s_.full[slot_at]);
+    hand_over(turn);
   }
 
   const Problem& p_;

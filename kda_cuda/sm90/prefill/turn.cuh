@@ -1,0 +1,95 @@
+// Which chunks a block makes, in which order, and where they lie. The chunks of a chain go round
+// the kSlots slots of its block's ring: a slot has one maker for good.
+//
+//   Whole   the block makes all
+//   Halves  slot s: block s % 2, for both
+//   Fed     slot s: block 2 + s % 2, for both others
+//   Threes  slot 1 + i of block i: block 3; the others: block i. The fourth block's work is thus
+//           spread over time.
+#pragma once
+
+#include "config.h"
+
+namespace flashkda::cuda::sm90::prefill {
+
+template <class Cfg>
+__device__ __forceinline__ bool has_chain(int rank) {
+  return Cfg::kMakerBlocks == 0 || rank < Cfg::kChainBlocks;
+}
+
+template <class Cfg>
+__device__ __forceinline__ bool makes_chunks(int rank) {
+  return !Cfg::kMakersOnly || !has_chain<Cfg>(rank);
+}
+
+// Of a block's own slots, the `stage`-th one's number in the ring.
+template <class Cfg>
+__device__ __forceinline__ int slot_of(int stage, int rank) {
+  if constexpr (Cfg::kMakersOnly) {
+    return stage * Cfg::kMakerBlocks + rank - Cfg::kChainBlocks;
+  } else if constexpr (Cfg::kHeads > 1) {
+    return stage + (!has_chain<Cfg>(rank) || stage > rank);
+  } else {
+    return stage * Cfg::kChainBlocks + rank;
+  }
+}
+
+// Where in its maker's shared memory a chunk is made.
+template <class Cfg>
+__device__ __forceinline__ int place_of(int stage, int rank) {
+  return has_chain<Cfg>(rank) ? slot_of<Cfg>(stage, rank) : stage;
+}
+
+struct Maker {
+  int rank, stage;
+};
+
+// Who makes the chunks of a slot of this chain block.
+template <class Cfg>
+__device__ __forceinline__ Maker maker_of(int slot, int rank) {
+  if constexpr (Cfg::kMakersOnly) {
+    return {Cfg::kChainBlocks + slot % Cfg::kMakerBlocks, slot / Cfg::kMakerBlocks};
+  } else if constexpr (Cfg::kHeads > 1) {
+    return slot == 1 + rank ? Maker{Cfg::kChainBlocks, rank} : Maker{rank, slot - (slot > rank)};
+  } else {
+    return {slot % Cfg::kChainBlocks, slot / Cfg::kChainBlocks};
+  }
+}
+
+// A chunk of those that a block makes, one after another.
+template <class Cfg>
+struct Turn {
+  int rank;  // of the block in its cluster
+  int stage;
+  uint32_t parity = 0;  // of the slot's use
+  int ring = 0;         // the chunk that lies in the ring's first slot
+
+  __device__ __forceinline__ Turn(int rank, int first) : rank(rank), stage(first) {}
+
+  __device__ __forceinline__ void advance(int by) {
+    stage += by;
+    if (stage >= Cfg::kOwn) {
+      stage -= Cfg::kOwn;
+      parity ^= 1;
+      ring += Cfg::kSlots;
+    }
+  }
+
+  __device__ __forceinline__ int slot() const { return slot_of<Cfg>(stage, rank); }
+  __device__ __forceinline__ int place() const { return place_of<Cfg>(stage, rank); }
+  __device__ __forceinline__ int chunk() const { return ring + slot(); }
+  // Of the cluster's heads.
+  __device__ __forceinline__ int head() const {
+    return Cfg::kHeads > 1 && !has_chain<Cfg>(rank) ? stage : 0;
+  }
+
+  // The slots of v that are filled at this turn: of the chunks that others make meanwhile too.
+  __device__ __forceinline__ int first_values() const {
+    return Cfg::kHeads == 1 ? stage * Cfg::kChainBlocks : slot();
+  }
+  __device__ __forceinline__ int values() const {
+    return Cfg::kHeads == 1 ? Cfg::kChainBlocks : slot() == rank ? 2 : 1;
+  }
+};
+
+}  // namespace flashkda::cuda::sm90::prefill
