@@ -13,6 +13,8 @@ template <int K>
 struct StateColumns {
   static constexpr int kTiles = K / 8;  // of the accumulators: eight channels each
 
+  using Copy = float4[kTiles];  // S in local memory
+
   int n, tokens;  // the sequence and its length; more than 2^31 tokens fit no GPU's memory
   int hv;
   int v;  // the first column
@@ -45,6 +47,16 @@ struct StateColumns {
   }
 
   __device__ __forceinline__ void store_final(const Problem& p, const float (&S)[kTiles][4]) const {
+    store_final_by(p, [&](int t, int i) { return S[t][i]; });
+  }
+  __device__ __forceinline__ void store_final(const Problem& p, const Copy& S) const {
+    store_final_by(p, [&](int t, int i) {
+      return i == 0 ? S[t].x : i == 1 ? S[t].y : i == 2 ? S[t].z : S[t].w;
+    });
+  }
+
+  template <class Element>
+  __device__ __forceinline__ void store_final_by(const Problem& p, const Element& element) const {
     const StateTensor& x = p.final_state;
     const int64_t row = last_row(p, n, tokens);
     if (row < 0) return;
@@ -55,7 +67,7 @@ struct StateColumns {
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        store_float(x.ptr, row * x.stride_n + here.place(p, t, i), x.dtype, S[t][i]);
+        store_float(x.ptr, row * x.stride_n + here.place(p, t, i), x.dtype, element(t, i));
     }
   }
 
@@ -64,6 +76,7 @@ struct StateColumns {
   __device__ __forceinline__ int first_stop(const Problem& p) const;
   __device__ __forceinline__ int keep(const Problem& p, const float (&S)[kTiles][4],
                                       int left) const;
+  __device__ __forceinline__ int keep(const Problem& p, const Copy& S, int left) const;
 
   // Once at the end: NaN where an offset is wrong.
   __device__ __forceinline__ void spoil_wrong_checkpoints(const Problem& p) const;
@@ -115,10 +128,16 @@ __device__ __forceinline__ int StateColumns<K>::first_stop(const Problem& p) con
 template <int K>
 __device__ __forceinline__ int StateColumns<K>::keep(const Problem& p, const float (&S)[kTiles][4],
                                                      int left) const {
-  float4 copy[kTiles];
+  Copy copy;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) copy[t] = make_float4(S[t][0], S[t][1], S[t][2], S[t][3]);
-  return store_checkpoints<K>(p, copy, *this, (tokens - left) / kCheckpointUnit);
+  return keep(p, copy, left);
+}
+
+template <int K>
+__device__ __forceinline__ int StateColumns<K>::keep(const Problem& p, const Copy& S,
+                                                     int left) const {
+  return store_checkpoints<K>(p, S, *this, (tokens - left) / kCheckpointUnit);
 }
 
 template <int K>

@@ -53,7 +53,9 @@ class Chain {
               lane_ % 2 * (kPiece / sizeof(Elem));
     int left = static_cast<int>(w_.tokens);
     int stop = columns().first_stop(p_);
-    if (left == stop) stop = columns().keep(p_, S, left);
+    Copy given;  // the state as it is given away
+    copy(given, S);
+    if (left == stop) stop = columns().keep(p_, given, left);
     int at = 0;
     uint32_t parity = 0;
     // The outputs of the last step, of which `rows` are the sequence's.
@@ -65,6 +67,7 @@ class Chain {
       o += 2 * stride;
     };
     const auto store_whole = [&] { store_last(kChunk); };
+    constexpr auto kNothing = [](const auto&...) {};
     const auto next = [&] {
       at = at + 1 == Cfg::kSlots ? 0 : at + 1;
       parity ^= at == 0;
@@ -77,20 +80,36 @@ class Chain {
 #pragma unroll 1
       while (left > bound) {
         lane_ = ptx::opaque_lane(lane_);  // places are cheaper to find again than to keep
-        step(S, at, parity, left, store_whole, [] {});
+        step(S, at, parity, left, store_whole, kNothing, kNothing);
         next();
       }
-      step(S, at, parity, left, store_whole, [&] {
+      const auto inside = [&](const float (&u0)[4], const float (&u1)[4], const uint32_t (&u)[4],
+                              const Slot& slot) {
         cute::warpgroup_wait<0>();
         fence(S);
-        if (stop == left - kPart) stop = columns().keep(p_, S, stop);
-      });
-      if (stop == left - kChunk) stop = columns().keep(p_, S, stop);
+        if (stop != left - kPart) return;
+        copy(given, S);
+        add_rest(given, u0, u1, u, slot, 0);
+        stop = columns().keep(p_, given, stop);
+      };
+      const auto end = [&](const float (&d)[8][4], const uint32_t (&u)[4],
+                           const uint32_t (&u_late)[4], const Slot& slot, const Decays& leave) {
+        copy(given, S);
+        add_rest(given, d[0], d[1], u, slot, 0);
+        add_rest(given, d[2], d[3], u_late, slot, 1);
+#pragma unroll
+        for (int n = 0; n < kTiles / 2; ++n) {
+          scale(given[2 * n], leave[n].x, leave[n].y);
+          scale(given[2 * n + 1], leave[n].z, leave[n].w);
+        }
+      };
+      step(S, at, parity, left, store_whole, inside, end);
+      if (stop == left - kChunk) stop = columns().keep(p_, given, stop);
       next();
     }
     __syncwarp();
     store_last(left + kChunk);
-    columns().store_final(p_, S);
+    columns().store_final(p_, given);
     columns().spoil_wrong_checkpoints(p_);
   }
 
@@ -104,6 +123,17 @@ class Chain {
     x[1] *= odd;
     x[2] *= even;
     x[3] *= odd;
+  }
+
+  static __device__ __forceinline__ void scale(float4& x, float even, float odd) {
+    x = make_float4(x.x * even, x.y * odd, x.z * even, x.w * odd);
+  }
+
+  using Copy = typename StateColumns<kChannels>::Copy;
+
+  static __device__ __forceinline__ void copy(Copy& to, const float (&S)[kTiles][4]) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) to[t] = make_float4(S[t][0], S[t][1], S[t][2], S[t][3]);
   }
 
   using Decays = float4[kTiles / 2];  // of the lane's channels, in two tiles each
@@ -156,27 +186,22 @@ class Chain {
     cute::warpgroup_commit_batch();
   }
 
-  // S^T += U^T right, of a part: U rounded, and what rounding took of it.
+  // S^T += U^T right, of a part.
   __device__ __forceinline__ void start_update(float (&S)[kTiles][4], const uint32_t (&u)[4],
-                                               const uint32_t (&rest)[4], uint32_t tiles,
-                                               int part) const {
+                                               uint32_t tiles, int part) const {
     using Product = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
     const uint64_t b =
         make_descriptor(tiles + (offsetof(Slot, right) + part * kPart * kRowBytes) / kPiece,
                         sizeof(Slot::right[0]));
     fence(S);
     cute::warpgroup_arrive();
-    const auto add = [&](const uint32_t (&a)[4]) {
 #define FLASHKDA_TILE(n) S[n][0], S[n][1], S[n][2], S[n][3]
-      Product::fma(a[0], a[1], a[2], a[3], b, FLASHKDA_TILE(0), FLASHKDA_TILE(1), FLASHKDA_TILE(2),
-                   FLASHKDA_TILE(3), FLASHKDA_TILE(4), FLASHKDA_TILE(5), FLASHKDA_TILE(6),
-                   FLASHKDA_TILE(7), FLASHKDA_TILE(8), FLASHKDA_TILE(9), FLASHKDA_TILE(10),
-                   FLASHKDA_TILE(11), FLASHKDA_TILE(12), FLASHKDA_TILE(13), FLASHKDA_TILE(14),
-                   FLASHKDA_TILE(15));
+    Product::fma(u[0], u[1], u[2], u[3], b, FLASHKDA_TILE(0), FLASHKDA_TILE(1), FLASHKDA_TILE(2),
+                 FLASHKDA_TILE(3), FLASHKDA_TILE(4), FLASHKDA_TILE(5), FLASHKDA_TILE(6),
+                 FLASHKDA_TILE(7), FLASHKDA_TILE(8), FLASHKDA_TILE(9), FLASHKDA_TILE(10),
+                 FLASHKDA_TILE(11), FLASHKDA_TILE(12), FLASHKDA_TILE(13), FLASHKDA_TILE(14),
+                 FLASHKDA_TILE(15));
 #undef FLASHKDA_TILE
-    };
-    add(u);
-    add(rest);
     cute::warpgroup_commit_batch();
   }
 
@@ -247,8 +272,31 @@ class Chain {
     to_operand<Elem>(u, d0, d1);
   }
 
-  // What is left of two tiles that have been rounded to an operand. The state adds up the rounding
-  // errors of every token, so that it is given both.
+  // x += what rounding took of a part's U, two tiles of it, times right: where decay is fast, the
+  // last tokens are most of a state, and the rounding of their U half of its error. The chain goes
+  // on without it.
+  __device__ __forceinline__ void add_rest(Copy& x, const float (&u0)[4], const float (&u1)[4],
+                                           const uint32_t (&u)[4], const Slot& slot,
+                                           int part) const {
+    uint32_t rest[4];
+    round_off(rest, u0, u1, u);
+    const LanePosition rows = by_row(lane_);
+#pragma unroll 1
+    for (int n = 0; n < kTiles / 2; ++n) {
+      uint32_t b[4];
+      ptx::ldmatrix_trans_at(b, at_of(slot.right[n / 4]) +
+                                    row_offset(part * kPart + rows.row, n % 4 * 2 + rows.piece));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float4& y = x[2 * n + half];
+        float d[4] = {y.x, y.y, y.z, y.w};
+        mma<Elem>(d, rest, b[2 * half], b[2 * half + 1]);
+        y = make_float4(d[0], d[1], d[2], d[3]);
+      }
+    }
+  }
+
+  // What is left of two tiles that have been rounded to an operand.
   __device__ __forceinline__ void round_off(uint32_t (&rest)[4], const float (&d0)[4],
                                             const float (&d1)[4],
                                             const uint32_t (&rounded)[4]) const {
@@ -293,10 +341,11 @@ class Chain {
   }
 
   // One chunk. `shadow` is done while the product with the state is under way, `inside` when the
-  // early part has been started on.
-  template <class Shadow, class Inside>
+  // early part has been started on, `end` when both parts are in the state, before it decays.
+  template <class Shadow, class Inside, class End>
   __device__ __forceinline__ void step(float (&S)[kTiles][4], int at, uint32_t parity, int left,
-                                       const Shadow& shadow, const Inside& inside) const {
+                                       const Shadow& shadow, const Inside& inside,
+                                       const End& end) const {
     const Slot& slot = s_.slots[at];
     const Squares &early = slot.squares[0], &late = slot.squares[1];
     // Shuffled, so that descriptors stay in uniform registers.
@@ -310,7 +359,7 @@ class Chain {
     float d[8][4];
     start_state_product(d, S, tiles);
     shadow();
-    uint32_t v[4], v_late[4], u[4], u_late[4], rest[4], rest_late[4];
+    uint32_t v[4], v_late[4], u[4], u_late[4];
     ptx::mbarrier_wait_at(at_of(&s_.values_full[at]), parity);
     load_values(v, at, 0);
     cute::warpgroup_wait<0>();
@@ -321,14 +370,12 @@ class Chain {
       keep_tokens(v_late, left - kPart);
     }
     solve(d[0], d[1], u, v, early);
-    round_off(rest, d[0], d[1], u);
-    start_update(S, u, rest, tiles, 0);
-    inside();
+    start_update(S, u, tiles, 0);
+    inside(d[0], d[1], u, slot);
     multiply(d[2], d[3], u, late.cross);
     multiply(d[6], d[7], u, early.cross);
     solve(d[2], d[3], u_late, v_late, late);
-    round_off(rest_late, d[2], d[3], u_late);
-    start_update(S, u_late, rest_late, tiles, 1);
+    start_update(S, u_late, tiles, 1);
     ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
     __syncwarp();  // the last outputs have been read
     finish_output(d[4], d[5], d[0], d[1], u, early, 0);
@@ -337,6 +384,7 @@ class Chain {
     load_decays(leave, slot.leave);
     cute::warpgroup_wait<0>();
     fence(S);
+    end(d, u, u_late, slot, leave);
     release(at, leave);
     decay(S, leave);
   }

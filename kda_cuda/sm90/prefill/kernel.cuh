@@ -14,17 +14,21 @@ namespace flashkda::cuda::sm90::prefill {
 
 template <class Cfg>
 __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kThreads, 1)
-    prefill_kernel(const __grid_constant__ Problem p, const __grid_constant__ Maps maps) {
+    prefill_kernel(const __grid_constant__ Problem p, const __grid_constant__ Maps maps,
+                   const int first_head) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  // What this grid leaves over of the heads may be worked on beside it.
+  if constexpr (Cfg::kHeads > 1) ptx::launch_dependents();
   extern __shared__ __align__(1024) char smem[];
   // From a register: the block's window in shared memory would be found anew for every use.
   const int base = ptx::opaque(static_cast<int>(ptx::smem_address(smem)));
   Shared<Cfg>& s = *static_cast<Shared<Cfg>*>(__cvta_shared_to_generic(base));
   const int rank = blockIdx.x % Cfg::kCluster;
   const bool chains = has_chain<Cfg>(rank);
-  const Work found = find_work<kChunk>(
-      p, int64_t{blockIdx.x / Cfg::kCluster} * Cfg::kHeads + (Cfg::kHeads > 1 && chains ? rank : 0),
-      Cfg::kHeads == 1 && chains ? rank * Cfg::VS : 0, &s.sequence);
+  const int64_t head = first_head + int64_t{blockIdx.x / Cfg::kCluster} * Cfg::kHeads +
+                       (Cfg::kHeads > 1 && chains ? rank : 0);
+  const Work found =
+      find_work<kChunk>(p, head, Cfg::kHeads == 1 && chains ? rank * Cfg::VS : 0, &s.sequence);
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   __builtin_assume(warp >= 0);
@@ -84,6 +88,8 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   }
   // Others may still arrive at this block's barriers.
   if constexpr (Cfg::kCluster > 1) ptx::cluster_sync();
+  // Who waits for this grid waits for the one that it runs beside, too.
+  if constexpr (Cfg::kCluster == 2) ptx::wait_for_dependencies();
 #endif
 }
 
