@@ -39,8 +39,10 @@ def chunk_calls():
     for regime in ("bounded, slow", "softplus, steep", "given, -1e-4 beside -1000"):
         yield regime, call(regime)
     yield "one dense sequence", call("bounded, usual", (70,))
-    # More (sequence, head) pairs than half of any GPU's SMs: slices of V differ with their number.
+    # How blocks share heads differs with the number of (sequence, head) pairs.
     yield "many heads", call("bounded, slow", (35, 18), heads=40)
+    yield "heads on two blocks each", call("bounded, slow", (70,), heads=40)
+    yield "three heads on four blocks", call("softplus, steep", (140,), heads=96)
     fp16 = call("bounded, usual")
     for name in ("q", "k", "v", "g", "beta"):
         fp16[name] = fp16[name].half()

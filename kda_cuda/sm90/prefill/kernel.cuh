@@ -59,7 +59,8 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
                          Cfg::kCluster > 1 ? Cfg::kReaders * kChainThreads / 32 : kChainThreads);
     }
     for (int i = 0; i < Cfg::kSlots; ++i) {
-      ptx::mbarrier_init(&s.full[i], 2);  // by parts, as v
+      // By parts, as v: by a warp each, or by the two copies from another block.
+      ptx::mbarrier_init(&s.full[i], maker_of<Cfg>(i, rank).rank == rank ? 2 * 32 : 2);
       ptx::mbarrier_init(&s.values_full[i], 2);
       ptx::mbarrier_init(&s.values_empty[i], kChainThreads);
     }

@@ -242,11 +242,12 @@ class SquareWarp {
   // early part.
   __device__ __forceinline__ void hand_over(const Turn<Cfg>& turn) const {
     if constexpr (Cfg::kCluster > 1) ptx::fence_async_proxy();
-    __syncwarp();
-    if (lane_ != 0) return;
     const int slot = turn.slot();
     const uint32_t full = at(&s_.full[slot]);
     if (has_chain<Cfg>(rank_)) ptx::mbarrier_arrive_at(full);
+    if constexpr (Cfg::kCluster == 1) return;
+    __syncwarp();
+    if (lane_ != 0) return;
     constexpr uint32_t kLate = offsetof(Slot, squares) + sizeof(Squares);
     const uint32_t offset = part_ * kLate, bytes = part_ == 0 ? kLate : sizeof(Squares);
     const auto copy_to = [&](int rank) {
