@@ -47,16 +47,6 @@ struct StateColumns {
   }
 
   __device__ __forceinline__ void store_final(const Problem& p, const float (&S)[kTiles][4]) const {
-    store_final_by(p, [&](int t, int i) { return S[t][i]; });
-  }
-  __device__ __forceinline__ void store_final(const Problem& p, const Copy& S) const {
-    store_final_by(p, [&](int t, int i) {
-      return i == 0 ? S[t].x : i == 1 ? S[t].y : i == 2 ? S[t].z : S[t].w;
-    });
-  }
-
-  template <class Element>
-  __device__ __forceinline__ void store_final_by(const Problem& p, const Element& element) const {
     const StateTensor& x = p.final_state;
     const int64_t row = last_row(p, n, tokens);
     if (row < 0) return;
@@ -67,7 +57,7 @@ struct StateColumns {
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        store_float(x.ptr, row * x.stride_n + here.place(p, t, i), x.dtype, element(t, i));
+        store_float(x.ptr, row * x.stride_n + here.place(p, t, i), x.dtype, S[t][i]);
     }
   }
 

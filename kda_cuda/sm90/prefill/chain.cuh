@@ -40,11 +40,6 @@ class Chain {
 
   __device__ void run() {
     static_assert(kCheckpointUnit == kPart, "a checkpoint lies between two parts");
-    // Found again where it is needed: the steps lack registers.
-    const auto columns = [&] {
-      return StateColumns<kChannels>{static_cast<int>(w_.n), static_cast<int>(w_.tokens), w_.hv,
-                                     w_.v0 + warp_ * 16, lane_};
-    };
     float S[kTiles][4];
     columns().load(p_, S);
     const int64_t stride = kPart * p_.o.stride_t;
@@ -53,9 +48,7 @@ class Chain {
               lane_ % 2 * (kPiece / sizeof(Elem));
     int left = static_cast<int>(w_.tokens);
     int stop = columns().first_stop(p_);
-    Copy given;  // the state as it is given away
-    copy(given, S);
-    if (left == stop) stop = columns().keep(p_, given, left);
+    if (left == stop) stop = columns().keep(p_, S, left);
     int at = 0;
     uint32_t parity = 0;
     // The outputs of the last step, of which `rows` are the sequence's.
@@ -73,6 +66,7 @@ class Chain {
       parity ^= at == 0;
       left -= kChunk;
     };
+    Copy given;  // the state where it is wanted
     while (left > 0) {
       // Up to the step in or after which the state is wanted. Shuffled, so that the compiler sees
       // that a warpgroup's threads walk together.
@@ -83,6 +77,7 @@ class Chain {
         step(S, at, parity, left, store_whole, kNothing, kNothing);
         next();
       }
+      const bool last = left <= kChunk;
       const auto inside = [&](const float (&u0)[4], const float (&u1)[4], const uint32_t (&u)[4],
                               const Slot& slot) {
         cute::warpgroup_wait<0>();
@@ -93,23 +88,33 @@ class Chain {
         stop = columns().keep(p_, given, stop);
       };
       const auto end = [&](const float (&d)[8][4], const uint32_t (&u)[4],
-                           const uint32_t (&u_late)[4], const Slot& slot, const Decays& leave) {
-        copy(given, S);
-        add_rest(given, d[0], d[1], u, slot, 0);
-        add_rest(given, d[2], d[3], u_late, slot, 1);
-#pragma unroll
-        for (int n = 0; n < kTiles / 2; ++n) {
-          scale(given[2 * n], leave[n].x, leave[n].y);
-          scale(given[2 * n + 1], leave[n].z, leave[n].w);
+                           const uint32_t (&u_late)[4], const Slot& slot) {
+        cute::warpgroup_wait<0>();
+        fence(S);
+        if (stop == left - kChunk && !last) {
+          copy(given, S);
+          add_rest(given, d[0], d[1], u, slot, 0);
+          add_rest(given, d[2], d[3], u_late, slot, 1);
+#pragma unroll 1
+          for (int n = 0; n < kTiles / 2; ++n) {
+            const float4 by = decays_of(slot.leave)[n];
+            scale(given[2 * n], by.x, by.y);
+            scale(given[2 * n + 1], by.z, by.w);
+          }
         }
+        add_rest(S, d[0], d[1], u, slot, 0, last);
+        add_rest(S, d[2], d[3], u_late, slot, 1, last);
       };
       step(S, at, parity, left, store_whole, inside, end);
-      if (stop == left - kChunk) stop = columns().keep(p_, given, stop);
+      if (stop == left - kChunk) {
+        if (last) copy(given, S);
+        stop = columns().keep(p_, given, stop);
+      }
       next();
     }
     __syncwarp();
     store_last(left + kChunk);
-    columns().store_final(p_, given);
+    columns().store_final(p_, S);
     columns().spoil_wrong_checkpoints(p_);
   }
 
@@ -136,14 +141,21 @@ class Chain {
     for (int t = 0; t < kTiles; ++t) to[t] = make_float4(S[t][0], S[t][1], S[t][2], S[t][3]);
   }
 
+  // Found again where it is needed: the steps lack registers.
+  __device__ __forceinline__ StateColumns<kChannels> columns() const {
+    return {static_cast<int>(w_.n), static_cast<int>(w_.tokens), w_.hv, w_.v0 + warp_ * 16, lane_};
+  }
+
   using Decays = float4[kTiles / 2];  // of the lane's channels, in two tiles each
+
+  __device__ __forceinline__ const float4* decays_of(const float (&from)[kDecayStride * 4]) const {
+    return reinterpret_cast<const float4*>(from + lane_ % 4 * kDecayStride);
+  }
 
   __device__ __forceinline__ void load_decays(Decays& to,
                                               const float (&from)[kDecayStride * 4]) const {
 #pragma unroll
-    for (int n = 0; n < kTiles / 2; ++n) {
-      to[n] = reinterpret_cast<const float4*>(from + lane_ % 4 * kDecayStride)[n];
-    }
+    for (int n = 0; n < kTiles / 2; ++n) to[n] = decays_of(from)[n];
   }
 
   static __device__ __forceinline__ void decay(float (&S)[kTiles][4], const Decays& by) {
@@ -273,27 +285,48 @@ class Chain {
   }
 
   // x += what rounding took of a part's U, two tiles of it, times right: where decay is fast, the
-  // last tokens are most of a state, and the rounding of their U half of its error. The chain goes
-  // on without it.
+  // last tokens are most of a state, and the rounding of their U half of its error. It is added
+  // where the state is given away; the chain goes on without it.
+  __device__ __forceinline__ void add_rest(float (&x)[kTiles][4], const float (&u0)[4],
+                                           const float (&u1)[4], const uint32_t (&u)[4],
+                                           const Slot& slot, int part, bool wanted) const {
+    uint32_t rest[4];
+    round_off(rest, u0, u1, u);
+#pragma unroll
+    for (uint32_t& x : rest) x = wanted ? x : 0;
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) add_product(x[2 * n], x[2 * n + 1], rest, slot, part, n);
+  }
+
   __device__ __forceinline__ void add_rest(Copy& x, const float (&u0)[4], const float (&u1)[4],
                                            const uint32_t (&u)[4], const Slot& slot,
                                            int part) const {
     uint32_t rest[4];
     round_off(rest, u0, u1, u);
-    const LanePosition rows = by_row(lane_);
 #pragma unroll 1
     for (int n = 0; n < kTiles / 2; ++n) {
-      uint32_t b[4];
-      ptx::ldmatrix_trans_at(b, at_of(slot.right[n / 4]) +
-                                    row_offset(part * kPart + rows.row, n % 4 * 2 + rows.piece));
+      float d[2][4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float4& y = x[2 * n + half];
-        float d[4] = {y.x, y.y, y.z, y.w};
-        mma<Elem>(d, rest, b[2 * half], b[2 * half + 1]);
-        y = make_float4(d[0], d[1], d[2], d[3]);
+      for (int i = 0; i < 2; ++i) {
+        const float4 y = x[2 * n + i];
+        d[i][0] = y.x, d[i][1] = y.y, d[i][2] = y.z, d[i][3] = y.w;
       }
+      add_product(d[0], d[1], rest, slot, part, n);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) x[2 * n + i] = make_float4(d[i][0], d[i][1], d[i][2], d[i][3]);
     }
+  }
+
+  // The n-th two of the tiles.
+  __device__ __forceinline__ void add_product(float (&d0)[4], float (&d1)[4],
+                                              const uint32_t (&rest)[4], const Slot& slot, int part,
+                                              int n) const {
+    const LanePosition rows = by_row(lane_);
+    uint32_t b[4];
+    ptx::ldmatrix_trans_at(
+        b, at_of(slot.right[n / 4]) + row_offset(part * kPart + rows.row, n % 4 * 2 + rows.piece));
+    mma<Elem>(d0, rest, b[0], b[1]);
+    mma<Elem>(d1, rest, b[2], b[3]);
   }
 
   // What is left of two tiles that have been rounded to an operand.
@@ -341,7 +374,7 @@ class Chain {
   }
 
   // One chunk. `shadow` is done while the product with the state is under way, `inside` when the
-  // early part has been started on, `end` when both parts are in the state, before it decays.
+  // early part has been started on, `end` when both parts' updates have been started.
   template <class Shadow, class Inside, class End>
   __device__ __forceinline__ void step(float (&S)[kTiles][4], int at, uint32_t parity, int left,
                                        const Shadow& shadow, const Inside& inside,
@@ -380,11 +413,11 @@ class Chain {
     __syncwarp();  // the last outputs have been read
     finish_output(d[4], d[5], d[0], d[1], u, early, 0);
     finish_output(d[6], d[7], d[2], d[3], u_late, late, 1);
+    end(d, u, u_late, slot);
     Decays leave;
     load_decays(leave, slot.leave);
     cute::warpgroup_wait<0>();
     fence(S);
-    end(d, u, u_late, slot, leave);
     release(at, leave);
     decay(S, leave);
   }
