@@ -32,6 +32,7 @@ class Chain {
   using Elem = __nv_bfloat16;
   using Traits = ElementTraits<Elem>;
   using Major = cute::SM90::GMMA::Major;
+  static constexpr bool kRoomy = Cfg::kChainGroups == 1;
   static constexpr int kTiles = kChannels / 8;  // of the accumulator: eight channels each
 
  public:
@@ -52,14 +53,13 @@ class Chain {
     int at = 0;
     uint32_t parity = 0;
     // The outputs of the last step, of which `rows` are the sequence's.
-    const auto store_last = [&](int rows) {
+    const auto store_last = [&](const Staged& staged, int rows) {
       if (left == static_cast<int>(w_.tokens)) return;
-      const uint4 early = staged_output(0), late = staged_output(1);
-      if (lane_ / 2 < rows) *reinterpret_cast<uint4*>(o) = early;
-      if (lane_ / 2 + kPart < rows) *reinterpret_cast<uint4*>(o + stride) = late;
+      if (lane_ / 2 < rows) *reinterpret_cast<uint4*>(o) = staged[0];
+      if (lane_ / 2 + kPart < rows) *reinterpret_cast<uint4*>(o + stride) = staged[1];
       o += 2 * stride;
     };
-    const auto store_whole = [&] { store_last(kChunk); };
+    const auto store_whole = [&](const Staged& staged) { store_last(staged, kChunk); };
     constexpr auto kNothing = [](const auto&...) {};
     const auto next = [&] {
       at = at + 1 == Cfg::kSlots ? 0 : at + 1;
@@ -112,8 +112,9 @@ class Chain {
       }
       next();
     }
-    __syncwarp();
-    store_last(left + kChunk);
+    Staged staged;
+    load_staged(staged);
+    store_last(staged, left + kChunk);
     columns().store_final(p_, S);
     columns().spoil_wrong_checkpoints(p_);
   }
@@ -219,6 +220,12 @@ class Chain {
 
   // Zeroes what v holds of tokens from `left` on: rows past the sequence's end are another's, and
   // may be anything.
+  __device__ __forceinline__ void keep_tokens(uint32_t (&v)[4], uint32_t (&v_late)[4],
+                                              int left) const {
+    if (left >= kChunk) return;
+    keep_tokens(v, left);
+    keep_tokens(v_late, left - kPart);
+  }
   __device__ __forceinline__ void keep_tokens(uint32_t (&v)[4], int left) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -252,20 +259,34 @@ class Chain {
     }
   }
 
-  // d += m u, all transposed.
-  __device__ __forceinline__ void multiply(float (&d0)[4], float (&d1)[4], const uint32_t (&u)[4],
-                                           const Elem (&m)[kPart * kPart]) const {
+  __device__ __forceinline__ void load_square(uint32_t (&m)[4],
+                                              const Elem (&from)[kPart * kPart]) const {
     const LanePosition place = by_column(lane_);
-    uint32_t b[4];
-    ptx::ldmatrix_at(b, at_of(m) + square_offset(place.row, place.piece));
-    mma<Elem>(d0, u, b[0], b[1]);
-    mma<Elem>(d1, u, b[2], b[3]);
+    ptx::ldmatrix_at(m, at_of(from) + square_offset(place.row, place.piece));
   }
 
-  // k S, in two tiles, becomes X and then U, of a part; u is U rounded, as an operand.
-  __device__ __forceinline__ void solve(float (&d0)[4], float (&d1)[4], uint32_t (&u)[4],
-                                        const uint32_t (&v)[4], const Squares& of) const {
-    const float4 rk = of_tokens(of.rk), diagonal = of_tokens(of.T_diagonal);
+  // d += m u, all transposed.
+  static __device__ __forceinline__ void multiply(float (&d0)[4], float (&d1)[4],
+                                                  const uint32_t (&u)[4], const uint32_t (&m)[4]) {
+    mma<Elem>(d0, u, m[0], m[1]);
+    mma<Elem>(d1, u, m[2], m[3]);
+  }
+
+  // What leads from k S to U, of a part.
+  struct Solving {
+    float4 rk, diagonal;
+    uint32_t T[4];
+  };
+
+  __device__ __forceinline__ void load(Solving& to, const Squares& from) const {
+    to.rk = of_tokens(from.rk);
+    to.diagonal = of_tokens(from.T_diagonal);
+    load_square(to.T, from.T);
+  }
+
+  // k S, in two tiles, becomes X and then, unrounded, U, of a part.
+  static __device__ __forceinline__ void solve(float (&d0)[4], float (&d1)[4],
+                                               const uint32_t (&v)[4], const Solving& by) {
     const auto subtract = [](float (&d)[4], uint32_t lower_bits, uint32_t upper_bits, float even,
                              float odd) {
       const float2 lower = Traits::unpack(lower_bits), upper = Traits::unpack(upper_bits);
@@ -274,14 +295,13 @@ class Chain {
       d[2] = upper.x - even * d[2];
       d[3] = upper.y - odd * d[3];
     };
-    subtract(d0, v[0], v[2], rk.x, rk.y);
-    subtract(d1, v[1], v[3], rk.z, rk.w);
+    subtract(d0, v[0], v[2], by.rk.x, by.rk.y);
+    subtract(d1, v[1], v[3], by.rk.z, by.rk.w);
     uint32_t x[4];
     to_operand<Elem>(x, d0, d1);
-    scale(d0, diagonal.x, diagonal.y);
-    scale(d1, diagonal.z, diagonal.w);
-    multiply(d0, d1, x, of.T);
-    to_operand<Elem>(u, d0, d1);
+    scale(d0, by.diagonal.x, by.diagonal.y);
+    scale(d1, by.diagonal.z, by.diagonal.w);
+    multiply(d0, d1, x, by.T);
   }
 
   // x += what rounding took of a part's U, two tiles of it, times right: where decay is fast, the
@@ -343,13 +363,20 @@ class Chain {
     rest[3] = less(d1[2], d1[3], rounded[3]);
   }
 
-  // q S + M U, but for the late part's cross product, and scaled.
+  // And from q S + M U to O.
+  struct Finishing {
+    float4 diagonal, rq;
+  };
+
+  __device__ __forceinline__ void load(Finishing& to, const Squares& from) const {
+    to.diagonal = of_tokens(from.M_diagonal);
+    to.rq = of_tokens(from.rq);
+  }
+
+  // q S + M U but for M's diagonal becomes O, of a part.
   __device__ __forceinline__ void finish_output(float (&d0)[4], float (&d1)[4],
                                                 const float (&u0)[4], const float (&u1)[4],
-                                                const uint32_t (&u)[4], const Squares& of,
-                                                int part) const {
-    const float4 diagonal = of_tokens(of.M_diagonal), rq = of_tokens(of.rq);
-    multiply(d0, d1, u, of.M);
+                                                const Finishing& by, int part) const {
     const auto finish = [](float (&d)[4], const float (&u)[4], float even, float odd, float even_rq,
                            float odd_rq) {
       d[0] += even * u[0];
@@ -358,8 +385,8 @@ class Chain {
       d[3] += odd * u[3];
       scale(d, even_rq, odd_rq);
     };
-    finish(d0, u0, diagonal.x, diagonal.y, rq.x, rq.y);
-    finish(d1, u1, diagonal.z, diagonal.w, rq.z, rq.w);
+    finish(d0, u0, by.diagonal.x, by.diagonal.y, by.rq.x, by.rq.y);
+    finish(d1, u1, by.diagonal.z, by.diagonal.w, by.rq.z, by.rq.w);
     ptx::stmatrix_trans_at(
         at_of(s_.o[warp_][part]) + square_offset((lane_ & 7) + (lane_ >> 4) * 8, (lane_ >> 3) & 1),
         Traits::pack(d0[0], d0[1]), Traits::pack(d0[2], d0[3]), Traits::pack(d1[0], d1[1]),
@@ -373,16 +400,16 @@ class Chain {
                                   (row_offset(rows.row, rows.piece) ^ warp_ % 4 * 2 * kPiece));
   }
 
-  // One chunk. `shadow` is done while the product with the state is under way, `inside` when the
-  // early part has been started on, `end` when both parts' updates have been started.
-  template <class Shadow, class Inside, class End>
+  // One chunk. `store` stores the last outputs, `inside` is done when the early part's update has
+  // been started, `end` when both parts' have.
+  template <class Store, class Inside, class End>
   __device__ __forceinline__ void step(float (&S)[kTiles][4], int at, uint32_t parity, int left,
-                                       const Shadow& shadow, const Inside& inside,
+                                       const Store& store, const Inside& inside,
                                        const End& end) const {
     const Slot& slot = s_.slots[at];
-    const Squares &early = slot.squares[0], &late = slot.squares[1];
     // Shuffled, so that descriptors stay in uniform registers.
     const uint32_t tiles = __shfl_sync(~0u, descriptor_address(at_of(&slot)), 0);
+    if constexpr (kRoomy) ptx::mbarrier_wait_at(at_of(&s_.values_full[at]), parity);
     ptx::mbarrier_wait_at(at_of(&s_.full[at]), parity);
     {
       Decays enter;
@@ -391,41 +418,124 @@ class Chain {
     }
     float d[8][4];
     start_state_product(d, S, tiles);
-    shadow();
-    uint32_t v[4], v_late[4], u[4], u_late[4];
-    ptx::mbarrier_wait_at(at_of(&s_.values_full[at]), parity);
-    load_values(v, at, 0);
-    cute::warpgroup_wait<0>();
-    fence(d);
-    load_values(v_late, at, 1);
-    if (left < kChunk) {
-      keep_tokens(v, left);
-      keep_tokens(v_late, left - kPart);
-    }
-    solve(d[0], d[1], u, v, early);
-    start_update(S, u, tiles, 0);
-    inside(d[0], d[1], u, slot);
-    multiply(d[2], d[3], u, late.cross);
-    multiply(d[6], d[7], u, early.cross);
-    solve(d[2], d[3], u_late, v_late, late);
-    start_update(S, u_late, tiles, 1);
-    ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
-    __syncwarp();  // the last outputs have been read
-    finish_output(d[4], d[5], d[0], d[1], u, early, 0);
-    finish_output(d[6], d[7], d[2], d[3], u_late, late, 1);
-    end(d, u, u_late, slot);
+    uint32_t u[4], u_late[4];
     Decays leave;
-    load_decays(leave, slot.leave);
+    if constexpr (kRoomy) {
+      solve_ahead(S, d, u, u_late, leave, slot, tiles, at, left, store, inside);
+    } else {
+      solve_in_turn(S, d, u, u_late, leave, slot, tiles, at, parity, left, store, inside);
+    }
+    end(d, u, u_late, slot);
     cute::warpgroup_wait<0>();
     fence(S);
     release(at, leave);
     decay(S, leave);
   }
 
+  // From the products with the state to the outputs and the updates of the state, by warps that
+  // others' work lets wait: each operand is loaded shortly before it is used.
+  template <class Store, class Inside>
+  __device__ __forceinline__ void solve_in_turn(float (&S)[kTiles][4], float (&d)[8][4],
+                                                uint32_t (&u)[4], uint32_t (&u_late)[4],
+                                                Decays& leave, const Slot& slot, uint32_t tiles,
+                                                int at, uint32_t parity, int left,
+                                                const Store& store, const Inside& inside) const {
+    const Squares &early = slot.squares[0], &late = slot.squares[1];
+    Staged staged;
+    load_staged(staged);
+    store(staged);
+    uint32_t v[4], v_late[4], m[4];
+    ptx::mbarrier_wait_at(at_of(&s_.values_full[at]), parity);
+    load_values(v, at, 0);
+    cute::warpgroup_wait<0>();
+    fence(d);
+    load_values(v_late, at, 1);
+    keep_tokens(v, v_late, left);
+    Solving solving;
+    load(solving, early);
+    solve(d[0], d[1], v, solving);
+    to_operand<Elem>(u, d[0], d[1]);
+    start_update(S, u, tiles, 0);
+    inside(d[0], d[1], u, slot);
+    load_square(m, late.cross);
+    multiply(d[2], d[3], u, m);
+    load_square(m, early.cross);
+    multiply(d[6], d[7], u, m);
+    load(solving, late);
+    solve(d[2], d[3], v_late, solving);
+    to_operand<Elem>(u_late, d[2], d[3]);
+    start_update(S, u_late, tiles, 1);
+    ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
+    __syncwarp();  // the last outputs have been read
+    Finishing finishing;
+    load(finishing, early);
+    load_square(m, early.M);
+    multiply(d[4], d[5], u, m);
+    finish_output(d[4], d[5], d[0], d[1], finishing, 0);
+    load(finishing, late);
+    load_square(m, late.M);
+    multiply(d[6], d[7], u_late, m);
+    finish_output(d[6], d[7], d[2], d[3], finishing, 1);
+    load_decays(leave, slot.leave);
+  }
+
+  // The same by warps that have a scheduler almost for themselves, and registers to load ahead:
+  // what the late part and the outputs need of early U goes before the update, which would keep
+  // the tensor cores from it.
+  template <class Store, class Inside>
+  __device__ __forceinline__ void solve_ahead(float (&S)[kTiles][4], float (&d)[8][4],
+                                              uint32_t (&u)[4], uint32_t (&u_late)[4],
+                                              Decays& leave, const Slot& slot, uint32_t tiles,
+                                              int at, int left, const Store& store,
+                                              const Inside& inside) const {
+    const Squares &early = slot.squares[0], &late = slot.squares[1];
+    Staged staged;
+    load_staged(staged);
+    uint32_t v[4], v_late[4], cross[4], cross_q[4], M[4];
+    load_values(v, at, 0);
+    Solving solving, solving_late;
+    load(solving, early);
+    load_values(v_late, at, 1);
+    store(staged);
+    cute::warpgroup_wait<0>();
+    fence(d);
+    keep_tokens(v, v_late, left);
+    load_square(cross, late.cross);
+    solve(d[0], d[1], v, solving);
+    load_square(cross_q, early.cross);
+    load_square(M, early.M);
+    load(solving_late, late);
+    to_operand<Elem>(u, d[0], d[1]);
+    multiply(d[2], d[3], u, cross);
+    multiply(d[6], d[7], u, cross_q);
+    multiply(d[4], d[5], u, M);
+    start_update(S, u, tiles, 0);
+    inside(d[0], d[1], u, slot);
+    solve(d[2], d[3], v_late, solving_late);
+    ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
+    Finishing finishing, finishing_late;
+    load(finishing, early);
+    load_square(M, late.M);
+    to_operand<Elem>(u_late, d[2], d[3]);
+    multiply(d[6], d[7], u_late, M);
+    start_update(S, u_late, tiles, 1);
+    load(finishing_late, late);
+    load_decays(leave, slot.leave);
+    __syncwarp();  // the last outputs have been read
+    finish_output(d[4], d[5], d[0], d[1], finishing, 0);
+    finish_output(d[6], d[7], d[2], d[3], finishing_late, 1);
+  }
+
   // O^T goes through shared memory, so that it leaves in rows of 16 bytes, a chunk later.
-  __device__ __forceinline__ uint4 staged_output(int part) const {
-    return *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(s_.o[warp_][part]) +
-                                           square_offset(lane_ / 2, lane_ % 2));
+  using Staged = uint4[2];  // by parts
+
+  __device__ __forceinline__ void load_staged(Staged& to) const {
+    __syncwarp();  // they have been written
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      to[part] = *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(s_.o[warp_][part]) +
+                                                 square_offset(lane_ / 2, lane_ % 2));
+    }
   }
 
   const Problem& p_;

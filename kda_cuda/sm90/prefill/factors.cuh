@@ -84,10 +84,10 @@ class FactorWarp {
   // G: the gate's type.
   template <Gate kGate, class G>
   __device__ __forceinline__ void walk() {
-    Cursor<kRaw> raw(2 * group_);
-    Turn<Cfg> turn(rank_, group_);
+    Cursor<kRaw> raw(0);
+    Turn<Cfg> turn(rank_, 0);
 #pragma unroll 1
-    for (int c; (c = turn.chunk()) < chunks_; turn.advance(Cfg::kFactorGroups)) {
+    for (int c; (c = turn.chunk()) < chunks_; turn.advance(1)) {
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
       if constexpr (Cfg::kHeads > 1) {
@@ -95,19 +95,19 @@ class FactorWarp {
       }
       int splits = 0;  // by parts
 #pragma unroll 1
-      for (int part = 0; part < 2; ++part) {
+      for (int part = group_; part < 2; part += Cfg::kFactorGroups) {
         const int decay = make<kGate, G>(part, tokens_ - c * kChunk - part * kPart, raw, turn);
         splits |= (decay == kSplits) << part;
       }
       ptx::fence_async_proxy();
-      ptx::mbarrier_arrive_at(at(&s_.factors_full[turn.stage]));
+      ptx::mbarrier_arrive_at(at(&s_.factors_full[raw.at / 2]));
 #pragma unroll 1
-      for (int part = 0; splits != 0 && part < 2; ++part) {
+      for (int part = group_; splits != 0 && part < 2; part += Cfg::kFactorGroups) {
         if (splits >> part & 1) {
           split<kGate, G>(part, tokens_ - c * kChunk - part * kPart, raw.at + part, raw.parity);
         }
       }
-      raw.advance(2 * Cfg::kFactorGroups);
+      raw.advance(2);
     }
   }
 
@@ -301,7 +301,7 @@ class FactorWarp {
     }
     ptx::mbarrier_wait_at(at(&s_.empty[turn.stage]), turn.parity ^ 1);
     load_tokens(k, q, raw, left, place);
-    if (lane_ == 0) s_.decay[turn.stage][part][warp_] = decay;
+    if (lane_ == 0) s_.decay[raw_at.at / 2][part][warp_] = decay;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       const float inverse = ptx::rcp(total[c]);

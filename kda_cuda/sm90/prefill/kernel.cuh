@@ -52,8 +52,10 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
         ptx::mbarrier_init(&s.meeting[i][quarter], kMeetingThreads);
       }
     }
+    for (int i = 0; i < kRaw / 2; ++i) {
+      ptx::mbarrier_init(&s.factors_full[i], Cfg::kFactorGroups * kGroupThreads);
+    }
     for (int i = 0; i < Cfg::kOwn; ++i) {
-      ptx::mbarrier_init(&s.factors_full[i], kGroupThreads);
       // Within a block every chain thread arrives for itself, over a cluster a warp does.
       ptx::mbarrier_init(&s.empty[i],
                          Cfg::kCluster > 1 ? Cfg::kReaders * kChainThreads / 32 : kChainThreads);

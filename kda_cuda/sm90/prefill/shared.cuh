@@ -105,12 +105,12 @@ struct Shared : Rings<Cfg> {
   Values<Cfg> values[Cfg::kSlots][2];
   Scratch scratch[kSquareWarps];
   __nv_bfloat16 o[4 * Cfg::kChainGroups][2][kPart * kPart];  // a chain warp's, on its way out
-  alignas(16) int decay[Cfg::kOwn][2][4];                    // a Decay for each quarter of a part
+  alignas(16) int decay[kRaw / 2][2][4];                     // a Decay for each quarter of a part
   // The square warp empties it for the factor warps too: it waits for their factors first.
   uint64_t raw_full[kRaw], raw_empty[kRaw];
   uint64_t norms[kRaw];       // the square warp has read the part's q and k
   uint64_t meeting[kRaw][4];  // of the square warp with a factor warp (splits.cuh)
-  uint64_t factors_full[Cfg::kOwn];
+  uint64_t factors_full[kRaw / 2];
   uint64_t full[Cfg::kSlots];
   uint64_t empty[Cfg::kOwn];  // all the slot's readers have read it
   uint64_t values_full[Cfg::kSlots], values_empty[Cfg::kSlots];

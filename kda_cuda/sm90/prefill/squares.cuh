@@ -238,32 +238,55 @@ class SquareWarp {
     }
   }
 
-  // Tells the chunk's readers; other blocks by the copy that they get, of the factors with the
-  // early part.
-  __device__ __forceinline__ void hand_over(const Turn<Cfg>& turn) const {
-    if constexpr (Cfg::kCluster > 1) ptx::fence_async_proxy();
-    const int slot = turn.slot();
-    const uint32_t full = at(&s_.full[slot]);
-    if (has_chain<Cfg>(rank_)) ptx::mbarrier_arrive_at(full);
-    if constexpr (Cfg::kCluster == 1) return;
-    __syncwarp();
-    if (lane_ != 0) return;
-    constexpr uint32_t kLate = offsetof(Slot, squares) + sizeof(Squares);
-    const uint32_t offset = part_ * kLate, bytes = part_ == 0 ? kLate : sizeof(Squares);
-    const auto copy_to = [&](int rank) {
-      const uint32_t there = ptx::address_in(full, rank);
-      ptx::mbarrier_expect_in_cluster(there, bytes);
-      ptx::copy_in_cluster(ptx::address_in(at(&s_.slots[slot]) + offset, rank),
-                           at(&s_.slots[turn.place()]) + offset, bytes, there);
-    };
+  // The other blocks that read the turn's chunk, if the block sends any.
+  template <class Do>
+  __device__ __forceinline__ void for_others(const Turn<Cfg>& turn, const Do& something) const {
     if constexpr (Cfg::kMakersOnly) {
 #pragma unroll
-      for (int rank = 0; rank < Cfg::kReaders; ++rank) copy_to(rank);
+      for (int rank = 0; rank < Cfg::kReaders; ++rank) something(rank);
     } else if constexpr (Cfg::kHeads > 1) {
-      if (!has_chain<Cfg>(rank_)) copy_to(turn.head());
+      something(turn.head());
     } else if constexpr (Cfg::kCluster == 2) {
-      copy_to(rank_ ^ 1);
+      something(rank_ ^ 1);
     }
+  }
+
+  // Copies so many bytes of the chunk to where others read it, whose barriers count them.
+  __device__ __forceinline__ void send(const Turn<Cfg>& turn, uint32_t offset, uint32_t bytes,
+                                       int rank) const {
+    ptx::copy_in_cluster(ptx::address_in(at(&s_.slots[turn.slot()]) + offset, rank),
+                         at(&s_.slots[turn.place()]) + offset, bytes,
+                         ptx::address_in(at(&s_.full[turn.slot()]), rank));
+  }
+
+  // Sends the factors to other blocks while the squares are made: the early part's warp the left
+  // ones, the late part's the others.
+  __device__ __forceinline__ void send_factors(const Turn<Cfg>& turn) const {
+    if (!sends_chunks<Cfg>(rank_)) return;
+    if (cute::elect_one_sync()) {
+      constexpr uint32_t kLeft = sizeof(Slot::left);
+      const uint32_t offset = part_ == 0 ? 0 : kLeft;
+      const uint32_t bytes = part_ == 0 ? kLeft : offsetof(Slot, squares) - kLeft;
+      for_others(turn, [&](int rank) {
+        ptx::mbarrier_expect_in_cluster(ptx::address_in(at(&s_.full[turn.slot()]), rank),
+                                        bytes + sizeof(Squares));
+        send(turn, offset, bytes, rank);
+      });
+    }
+    __syncwarp();
+  }
+
+  // Tells the chunk's readers, other blocks by the bytes that they get.
+  __device__ __forceinline__ void hand_over(const Turn<Cfg>& turn) const {
+    if (has_chain<Cfg>(rank_)) ptx::mbarrier_arrive_at(at(&s_.full[turn.slot()]));
+    if (!sends_chunks<Cfg>(rank_)) return;
+    ptx::fence_async_proxy();
+    __syncwarp();
+    if (cute::elect_one_sync()) {
+      const uint32_t offset = offsetof(Slot, squares) + part_ * sizeof(Squares);
+      for_others(turn, [&](int rank) { send(turn, offset, sizeof(Squares), rank); });
+    }
+    __syncwarp();
   }
 
   // rows: the part's tokens inside the sequence, if not more than it has; none may be.
@@ -297,10 +320,11 @@ class SquareWarp {
       }
     }
     ptx::mbarrier_arrive_at(at(&s_.norms[warp_]));
-    ptx::mbarrier_wait_at(at(&s_.factors_full[turn.stage]), turn.parity);
-    const int4 decays = *reinterpret_cast<const int4*>(s_.decay[turn.stage][part_]);
+    ptx::mbarrier_wait_at(at(&s_.factors_full[warp_ / 2]), raw_parity);
+    const int4 decays = *reinterpret_cast<const int4*>(s_.decay[warp_ / 2][part_]);
     const bool usual = (decays.x | decays.y | decays.z | decays.w) == kUsual;
     if (usual) ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
+    send_factors(turn);
     // The lanes that have the diagonals' elements lane / 4.
     if (lane_ % 4 == lane_ / 8) {
       const bool odd = lane_ & 4;

@@ -22,6 +22,12 @@ __device__ __forceinline__ bool makes_chunks(int rank) {
   return !Cfg::kMakersOnly || !has_chain<Cfg>(rank);
 }
 
+// Whether others read what a block makes.
+template <class Cfg>
+__device__ __forceinline__ bool sends_chunks(int rank) {
+  return Cfg::kCluster > 1 && (Cfg::kHeads == 1 || !has_chain<Cfg>(rank));
+}
+
 // Of a block's own slots, the `stage`-th one's number in the ring.
 template <class Cfg>
 __device__ __forceinline__ int slot_of(int stage, int rank) {
