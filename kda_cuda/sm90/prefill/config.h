@@ -20,8 +20,9 @@ struct Config {
   static constexpr int kCluster = kChainBlocks + kMakerBlocks;
   static constexpr int kHeads = kChainBlocks * VS / kChannels;  // of a cluster
   static constexpr int kChainGroups = VS / 64;
-  static constexpr int kFactorGroups = 3 - kChainGroups;  // each makes a chunk
-  static constexpr bool kMakersOnly = kMakerBlocks == 2;  // chain blocks make none
+  static constexpr int kFactorGroups = 3 - kChainGroups;             // each makes a chunk
+  static constexpr bool kMakersOnly = kMakerBlocks == 2;             // chain blocks make none
+  static constexpr bool kHelped = kMakerBlocks == 1 && kHeads == 1;  // chain blocks make few
   static constexpr int kThreads = 4 * kGroupThreads;
   static constexpr int kChainRegisters = kChainGroups == 2 ? 160 : 184;
   static constexpr int kSquareRegisters = 96;
@@ -31,9 +32,10 @@ struct Config {
                     512,
                 "a multiprocessor has 512 registers for each of 128 threads");
 
-  static constexpr int kSlots = kMakersOnly ? 6 : 4;  // of finished chunks and of v
-  // Slots whose chunks a block makes, if it makes any.
+  static constexpr int kSlots = kMakersOnly ? 6 : kHelped ? 5 : 4;  // of finished chunks and of v
+  // Slots whose chunks a block makes, at most.
   static constexpr int kOwn = kMakersOnly         ? kSlots / kMakerBlocks
+                              : kHelped           ? kSlots - kChainBlocks
                               : kMakerBlocks == 1 ? kSlots - 1
                                                   : kSlots / kChainBlocks;
   // Blocks that read a chunk.
@@ -43,6 +45,7 @@ struct Config {
 using Whole = Config<128, 1, 0>;   // a head a block
 using Halves = Config<64, 2, 0>;   // a head on two blocks, each of which makes every other chunk
 using Fed = Config<64, 2, 2>;      // the same with two blocks that make all chunks
+using Helped = Config<64, 2, 1>;   // two blocks of a head, with one that makes three chunks in five
 using Threes = Config<128, 3, 1>;  // three heads, for each of which the fourth block makes one
                                    // chunk in four
 

@@ -107,7 +107,7 @@ class FactorWarp {
           split<kGate, G>(part, tokens_ - c * kChunk - part * kPart, raw.at + part, raw.parity);
         }
       }
-      raw.advance(2);
+      raw.advance(makes_few<Cfg>(rank_) ? kRaw : 2);
     }
   }
 

@@ -83,10 +83,10 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   } else {
     ptx::fewer_registers<Cfg::kSquareRegisters>();
     const int square = warp - 4 * (Cfg::kChainGroups + Cfg::kFactorGroups);
-    if (makes_chunks<Cfg>(rank)) {
+    if (makes_chunks<Cfg>(rank) && !(makes_few<Cfg>(rank) && square >= 2)) {
       SquareWarp<Cfg>(p, maps, w, s, rank, square, lane).run();
-    } else if (square < 2) {
-      Loader<Cfg>(p, maps, s).load_all_values(square, static_cast<int>(w.tokens));
+    } else if (makes_few<Cfg>(rank) || square < 2) {
+      Loader<Cfg>(p, maps, s).load_all_values(square % 2, static_cast<int>(w.tokens));
     }
   }
   // Others may still arrive at this block's barriers.

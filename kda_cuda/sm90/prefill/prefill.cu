@@ -93,16 +93,18 @@ cudaError_t launch(const Problem& p, const Target& target, cudaStream_t stream) 
   const int64_t heads = p.N * p.HV;
   const int64_t whole = cost<Whole>(heads, target, 240);
   const int64_t halves = cost<Halves>(heads, target, 145);
+  const int64_t helped = cost<Helped>(heads, target, 110);
   const int64_t fed = cost<Fed>(heads, target, 105);
   const int64_t by_threes = heads_by_threes(p, heads, target);
   const int64_t threes = by_threes > 0 ? 205 : std::numeric_limits<int64_t>::max();
-  const int64_t best = std::min({whole, halves, fed, threes});
+  const int64_t best = std::min({whole, halves, helped, fed, threes});
   if (best == threes) {
     const cudaError_t error = launch_heads<Threes>(p, target, stream, 0, by_threes);
     if (error != cudaSuccess || by_threes == heads) return error;
     return launch_heads<Halves>(p, target, stream, by_threes, heads - by_threes, true);
   }
   if (best == fed) return launch_heads<Fed>(p, target, stream, 0, heads);
+  if (best == helped) return launch_heads<Helped>(p, target, stream, 0, heads);
   if (best == halves) return launch_heads<Halves>(p, target, stream, 0, heads);
   return launch_heads<Whole>(p, target, stream, 0, heads);
 }

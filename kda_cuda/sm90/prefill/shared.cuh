@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../../common/triangle.cuh"
 #include "../../common/work.cuh"
@@ -100,8 +101,22 @@ struct Rings<Cfg, true> {
   };
 };
 
+// A chain block that makes few has the raw parts of one chunk; who helps it has room for those of
+// two, and for its own slots, the last ones.
 template <class Cfg>
-struct Shared : Rings<Cfg> {
+struct HelpedRings {
+  union {
+    struct {
+      Raw few_raw[2];
+      Slot slots[Cfg::kSlots];
+    };
+    Raw raw[kRaw];
+  };
+  static_assert(kRaw * sizeof(Raw) <= 2 * sizeof(Raw) + (Cfg::kSlots - Cfg::kOwn) * sizeof(Slot));
+};
+
+template <class Cfg>
+struct Shared : std::conditional_t<Cfg::kHelped, HelpedRings<Cfg>, Rings<Cfg>> {
   Values<Cfg> values[Cfg::kSlots][2];
   Scratch scratch[kSquareWarps];
   __nv_bfloat16 o[4 * Cfg::kChainGroups][2][kPart * kPart];  // a chain warp's, on its way out

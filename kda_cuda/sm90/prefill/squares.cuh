@@ -48,20 +48,26 @@ class SquareWarp {
     while (true) {
       const bool chains = has_chain<Cfg>(rank_);
       const int first = turn.chunk() * kChunk;
-      if ((chains ? (turn.ring + turn.first_values()) * kChunk : first) >= tokens_) break;
+      if ((chains && !makes_few<Cfg>(rank_) ? (turn.ring + turn.first_values()) * kChunk : first) >=
+          tokens_)
+        break;
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
       Turn<Cfg> next = turn;
+      const bool alone = makes_few<Cfg>(rank_);
       next.advance(1);
-      load_raw(next, warp_ ^ kAhead, raw_parity ^ (warp_ >= kAhead));
-      if (chains) {
+      if (!alone) load_raw(next, warp_ ^ kAhead, raw_parity ^ (warp_ >= kAhead));
+      if (chains && !alone) {
         loader_.load_values(turn.ring, turn.first_values(), turn.values(), part_, turn.parity,
                             tokens_);
       }
       const uint32_t beta = next_beta;
-      next.advance(1);
+      if (!alone) next.advance(1);
       next_beta = load_beta(next);
-      if (first < tokens_) make(tokens_ - first - part_ * kPart, raw_parity, turn, beta);
+      const auto emptied = [&] {
+        if (alone) load_raw(next, warp_, raw_parity ^ 1);
+      };
+      if (first < tokens_) make(tokens_ - first - part_ * kPart, raw_parity, turn, beta, emptied);
       raw_parity ^= 1;
       turn = next;
     }
@@ -241,13 +247,13 @@ class SquareWarp {
   // The other blocks that read the turn's chunk, if the block sends any.
   template <class Do>
   __device__ __forceinline__ void for_others(const Turn<Cfg>& turn, const Do& something) const {
-    if constexpr (Cfg::kMakersOnly) {
-#pragma unroll
-      for (int rank = 0; rank < Cfg::kReaders; ++rank) something(rank);
-    } else if constexpr (Cfg::kHeads > 1) {
+    if constexpr (Cfg::kHeads > 1) {
       something(turn.head());
-    } else if constexpr (Cfg::kCluster == 2) {
-      something(rank_ ^ 1);
+    } else {
+#pragma unroll
+      for (int rank = 0; rank < Cfg::kReaders; ++rank) {
+        if (rank != rank_) something(rank);
+      }
     }
   }
 
@@ -289,9 +295,11 @@ class SquareWarp {
     __syncwarp();
   }
 
-  // rows: the part's tokens inside the sequence, if not more than it has; none may be.
+  // rows: the part's tokens inside the sequence, if not more than it has; none may be. `emptied` is
+  // done when the raw slot is given back.
+  template <class Emptied>
   __device__ __forceinline__ void make(int rows, uint32_t raw_parity, const Turn<Cfg>& turn,
-                                       uint32_t beta_bits) const {
+                                       uint32_t beta_bits, const Emptied& emptied) const {
     const Raw& raw = s_.raw[warp_];
     Slot& slot = s_.slots[turn.place()];
     Squares& to = slot.squares[part_];
@@ -325,6 +333,7 @@ class SquareWarp {
     const bool usual = (decays.x | decays.y | decays.z | decays.w) == kUsual;
     if (usual) ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
     send_factors(turn);
+    if (usual) emptied();
     // The lanes that have the diagonals' elements lane / 4.
     if (lane_ % 4 == lane_ / 8) {
       const bool odd = lane_ & 4;
@@ -358,6 +367,7 @@ class SquareWarp {
     } else {
       unusual_products(A, M, cross, slot, raw, decays);
       ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
+      emptied();
     }
 
 #pragma unroll

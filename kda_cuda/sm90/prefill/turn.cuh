@@ -4,6 +4,7 @@
 //   Whole   the block makes all
 //   Halves  slot s: block s % 2, for both
 //   Fed     slot s: block 2 + s % 2, for both others
+//   Helped  slots 0 and 2: blocks 0 and 1, for both; the others: block 2, for both
 //   Threes  slot 1 + i of block i: block 3; the others: block i. The fourth block's work is thus
 //           spread over time.
 #pragma once
@@ -28,11 +29,25 @@ __device__ __forceinline__ bool sends_chunks(int rank) {
   return Cfg::kCluster > 1 && (Cfg::kHeads == 1 || !has_chain<Cfg>(rank));
 }
 
+// Whether its square warps 2 and 3 make none, so that its raw ring is of one chunk's parts.
+template <class Cfg>
+__device__ __forceinline__ bool makes_few(int rank) {
+  return Cfg::kHelped && has_chain<Cfg>(rank);
+}
+
+// Slots whose chunks a block makes.
+template <class Cfg>
+__device__ __forceinline__ int own_slots(int rank) {
+  return makes_few<Cfg>(rank) ? 1 : Cfg::kOwn;
+}
+
 // Of a block's own slots, the `stage`-th one's number in the ring.
 template <class Cfg>
 __device__ __forceinline__ int slot_of(int stage, int rank) {
   if constexpr (Cfg::kMakersOnly) {
     return stage * Cfg::kMakerBlocks + rank - Cfg::kChainBlocks;
+  } else if constexpr (Cfg::kHelped) {
+    return has_chain<Cfg>(rank) ? 2 * rank : stage == 0 ? 1 : 2 + stage;
   } else if constexpr (Cfg::kHeads > 1) {
     return stage + (!has_chain<Cfg>(rank) || stage > rank);
   } else {
@@ -43,7 +58,8 @@ __device__ __forceinline__ int slot_of(int stage, int rank) {
 // Where in its maker's shared memory a chunk is made.
 template <class Cfg>
 __device__ __forceinline__ int place_of(int stage, int rank) {
-  return has_chain<Cfg>(rank) ? slot_of<Cfg>(stage, rank) : stage;
+  if (has_chain<Cfg>(rank)) return slot_of<Cfg>(stage, rank);
+  return Cfg::kHelped ? Cfg::kSlots - Cfg::kOwn + stage : stage;
 }
 
 struct Maker {
@@ -55,6 +71,9 @@ template <class Cfg>
 __device__ __forceinline__ Maker maker_of(int slot, int rank) {
   if constexpr (Cfg::kMakersOnly) {
     return {Cfg::kChainBlocks + slot % Cfg::kMakerBlocks, slot / Cfg::kMakerBlocks};
+  } else if constexpr (Cfg::kHelped) {
+    return slot == 0 || slot == 2 ? Maker{slot / 2, 0}
+                                  : Maker{Cfg::kChainBlocks, slot == 1 ? 0 : slot - 2};
   } else if constexpr (Cfg::kHeads > 1) {
     return slot == 1 + rank ? Maker{Cfg::kChainBlocks, rank} : Maker{rank, slot - (slot > rank)};
   } else {
@@ -74,8 +93,8 @@ struct Turn {
 
   __device__ __forceinline__ void advance(int by) {
     stage += by;
-    if (stage >= Cfg::kOwn) {
-      stage -= Cfg::kOwn;
+    if (stage >= own_slots<Cfg>(rank)) {
+      stage -= own_slots<Cfg>(rank);
       parity ^= 1;
       ring += Cfg::kSlots;
     }
