@@ -13,8 +13,6 @@ template <int K>
 struct StateColumns {
   static constexpr int kTiles = K / 8;  // of the accumulators: eight channels each
 
-  using Copy = float4[kTiles];  // S in local memory
-
   int n, tokens;  // the sequence and its length; more than 2^31 tokens fit no GPU's memory
   int hv;
   int v;  // the first column
@@ -61,14 +59,21 @@ struct StateColumns {
     }
   }
 
-  // A chain counts down what is left of its sequence. With how much left the first checkpoint lies,
-  // INT_MIN if there is none; and, the state there stored, the next.
+  // A chain counts down what is left of its sequence. With how much left it comes to a unit,
+  // INT_MIN if there is none.
+  __device__ __forceinline__ int left_at(int unit) const {
+    return unit == kNoCheckpoint ? INT_MIN : tokens - unit * kCheckpointUnit;
+  }
+  __device__ __forceinline__ int unit_at(int left) const {
+    return (tokens - left) / kCheckpointUnit;
+  }
+
+  // With how much left the first checkpoint lies; and, the state there stored, the next.
   __device__ __forceinline__ int first_stop(const Problem& p) const;
   __device__ __forceinline__ int keep(const Problem& p, const float (&S)[kTiles][4],
                                       int left) const;
-  __device__ __forceinline__ int keep(const Problem& p, const Copy& S, int left) const;
 
-  // Once at the end: NaN where an offset is wrong.
+  // Once: NaN where an offset is wrong.
   __device__ __forceinline__ void spoil_wrong_checkpoints(const Problem& p) const;
 };
 
@@ -105,8 +110,9 @@ __device__ __noinline__ int store_checkpoints(const Problem& p, const float4* S,
       store_tiles([&](int at, float y) { store_float(to, at, dtype, y); });
     }
   };
-  const int next = visit_checkpoints(p, columns.n, columns.tokens, unit, columns.lane, store);
-  return next == kNoCheckpoint ? INT_MIN : columns.tokens - next * kCheckpointUnit;
+  CheckpointRows rows(p, columns.n, columns.tokens, unit, columns.lane);
+  for (int64_t row; (row = rows.next()) >= 0;) store(row);
+  return columns.left_at(rows.stop());
 }
 
 template <int K>
@@ -118,16 +124,10 @@ __device__ __forceinline__ int StateColumns<K>::first_stop(const Problem& p) con
 template <int K>
 __device__ __forceinline__ int StateColumns<K>::keep(const Problem& p, const float (&S)[kTiles][4],
                                                      int left) const {
-  Copy copy;
+  float4 copy[kTiles];
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) copy[t] = make_float4(S[t][0], S[t][1], S[t][2], S[t][3]);
-  return keep(p, copy, left);
-}
-
-template <int K>
-__device__ __forceinline__ int StateColumns<K>::keep(const Problem& p, const Copy& S,
-                                                     int left) const {
-  return store_checkpoints<K>(p, S, *this, (tokens - left) / kCheckpointUnit);
+  return store_checkpoints<K>(p, copy, *this, unit_at(left));
 }
 
 template <int K>

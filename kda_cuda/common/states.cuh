@@ -39,8 +39,8 @@ __device__ __forceinline__ int64_t last_row(const Problem& p, int64_t n, int64_t
   return tokens > 0 ? first_row(p, n) : -1;
 }
 
-// Checkpoints are counted in units of 16 tokens. The functions below are called by whole warps and
-// give all lanes the same; n is the sequence, tokens its length.
+// Checkpoints are counted in units of 16 tokens. What follows is called by whole warps and gives
+// all lanes the same; n is the sequence, tokens its length.
 inline constexpr int kCheckpointUnit = 16;
 inline constexpr int kNoCheckpoint = INT_MAX;
 inline constexpr int kBeforeAll = -1;
@@ -68,36 +68,56 @@ __device__ __forceinline__ int64_t intervals_before(const Problem& p, int64_t n,
   return __reduce_add_sync(~0u, count);
 }
 
-// Calls store(row) for every row of checkpoints.states that keeps the state before unit `now`, and
-// returns the next unit before which a state is kept, or kNoCheckpoint. kBeforeAll stores nothing
-// and finds the first, which may be 0: the initial state. kWrongCheckpoint goes through the rows
-// that a wrong offset leaves without a state, and returns nothing of use.
-template <class Store>
-__device__ __forceinline__ int visit_checkpoints(const Problem& p, int64_t n, int64_t tokens,
-                                                 int now, int lane, const Store& store) {
-  const Checkpoints& x = p.checkpoints;
-  if (x.states.ptr == nullptr) return kNoCheckpoint;
-  if (x.interval > 0) {
-    const int step = x.interval / kCheckpointUnit;
-    if (now >= 0) {
-      const int64_t row = intervals_before(p, n, lane) + now / step;
-      if (row < x.states.size) store(row);
+// The rows of checkpoints.states that keep the state before unit `now`, one after another. For
+// kBeforeAll there are none, for kWrongCheckpoint those that a wrong offset leaves without a state.
+class CheckpointRows {
+ public:
+  __device__ __forceinline__ CheckpointRows(const Problem& p, int64_t n, int64_t tokens, int now,
+                                            int lane)
+      : p_(p), n_(n), tokens_(tokens), now_(now), lane_(lane) {}
+
+  // -1: no more.
+  __device__ __forceinline__ int64_t next() {
+    const Checkpoints& x = p_.checkpoints;
+    if (x.states.ptr == nullptr) return -1;
+    if (x.interval > 0) {
+      const int step = x.interval / kCheckpointUnit;
+      if (first_++ > 0) return -1;
+      const int64_t next = now_ < 0 ? 0 : int64_t{now_} + step;
+      if (next * kCheckpointUnit < tokens_) stop_ = static_cast<int>(next);
+      if (now_ < 0) return -1;
+      const int64_t row = intervals_before(p_, n_, lane_) + now_ / step;
+      return row < x.states.size ? row : -1;
     }
-    const int64_t next = now < 0 ? 0 : int64_t{now} + step;
-    return next * kCheckpointUnit < tokens ? static_cast<int>(next) : kNoCheckpoint;
-  }
-  int next = kNoCheckpoint;
-  for (int first = 0; first < x.C; first += 32) {
-    const int c = first + lane;
-    const int unit = c < x.C ? checkpoint_unit(p, n, tokens, c) : kNoCheckpoint;
-    if (unit > now) next = min(next, unit);
-    for (uint32_t found = __ballot_sync(~0u, unit == now); found != 0; found &= found - 1) {
-      const int hit = first + __ffs(found) - 1;
-      const int64_t row = x.indices.ptr == nullptr ? n * x.C + hit : load_index(x.indices, n, hit);
-      if (row >= 0 && row < x.states.size) store(row);
+    while (true) {
+      for (; found_ != 0; found_ &= found_ - 1) {
+        const int hit = first_ - 32 + __ffs(found_) - 1;
+        const int64_t row =
+            x.indices.ptr == nullptr ? n_ * x.C + hit : load_index(x.indices, n_, hit);
+        if (row < 0 || row >= x.states.size) continue;
+        found_ &= found_ - 1;
+        return row;
+      }
+      if (first_ >= x.C) return -1;
+      const int c = first_ + lane_;
+      const int unit = c < x.C ? checkpoint_unit(p_, n_, tokens_, c) : kNoCheckpoint;
+      stop_ = min(stop_, __reduce_min_sync(~0u, unit > now_ ? unit : kNoCheckpoint));
+      found_ = __ballot_sync(~0u, unit == now_);
+      first_ += 32;
     }
   }
-  return __reduce_min_sync(~0u, next);
-}
+
+  // Once there are no more: the next unit before which a state is kept, or kNoCheckpoint. After
+  // kBeforeAll that may be 0: the initial state; after kWrongCheckpoint it is of no use.
+  __device__ __forceinline__ int stop() const { return stop_; }
+
+ private:
+  const Problem& p_;
+  int64_t n_, tokens_;
+  int now_, lane_;
+  int first_ = 0;       // of the offsets that have not been looked at
+  uint32_t found_ = 0;  // of the 32 before it, those not returned yet
+  int stop_ = kNoCheckpoint;
+};
 
 }  // namespace flashkda::cuda

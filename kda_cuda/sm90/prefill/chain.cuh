@@ -50,6 +50,7 @@ class Chain {
     int left = static_cast<int>(w_.tokens);
     int stop = columns().first_stop(p_);
     if (left == stop) stop = columns().keep(p_, S, left);
+    columns().spoil_wrong_checkpoints(p_);
     int at = 0;
     uint32_t parity = 0;
     // The outputs of the last step, of which `rows` are the sequence's.
@@ -66,7 +67,6 @@ class Chain {
       parity ^= at == 0;
       left -= kChunk;
     };
-    Copy given;  // the state where it is wanted
     while (left > 0) {
       // Up to the step in or after which the state is wanted. Shuffled, so that the compiler sees
       // that a warpgroup's threads walk together.
@@ -77,46 +77,31 @@ class Chain {
         step(S, at, parity, left, store_whole, kNothing, kNothing);
         next();
       }
-      const bool last = left <= kChunk;
       const auto inside = [&](const float (&u0)[4], const float (&u1)[4], const uint32_t (&u)[4],
                               const Slot& slot) {
         cute::warpgroup_wait<0>();
         fence(S);
         if (stop != left - kPart) return;
-        copy(given, S);
-        add_rest(given, u0, u1, u, slot, 0);
-        stop = columns().keep(p_, given, stop);
+        uint32_t rest[1][4];
+        round_off(rest[0], u0, u1, u);
+        stop = give(S, rest, slot, stop, stop, false);
       };
       const auto end = [&](const float (&d)[8][4], const uint32_t (&u)[4],
                            const uint32_t (&u_late)[4], const Slot& slot) {
         cute::warpgroup_wait<0>();
         fence(S);
-        if (stop == left - kChunk && !last) {
-          copy(given, S);
-          add_rest(given, d[0], d[1], u, slot, 0);
-          add_rest(given, d[2], d[3], u_late, slot, 1);
-#pragma unroll 1
-          for (int n = 0; n < kTiles / 2; ++n) {
-            const float4 by = decays_of(slot.leave)[n];
-            scale(given[2 * n], by.x, by.y);
-            scale(given[2 * n + 1], by.z, by.w);
-          }
-        }
-        add_rest(S, d[0], d[1], u, slot, 0, last);
-        add_rest(S, d[2], d[3], u_late, slot, 1, last);
+        uint32_t rest[2][4];
+        round_off(rest[0], d[0], d[1], u);
+        round_off(rest[1], d[2], d[3], u_late);
+        stop = give(S, rest, slot, left - kChunk, stop, left <= kChunk);
       };
       step(S, at, parity, left, store_whole, inside, end);
-      if (stop == left - kChunk) {
-        if (last) copy(given, S);
-        stop = columns().keep(p_, given, stop);
-      }
       next();
     }
     Staged staged;
     load_staged(staged);
     store_last(staged, left + kChunk);
-    columns().store_final(p_, S);
-    columns().spoil_wrong_checkpoints(p_);
+    if (w_.tokens == 0) columns().store_final(p_, S);
   }
 
  private:
@@ -129,17 +114,6 @@ class Chain {
     x[1] *= odd;
     x[2] *= even;
     x[3] *= odd;
-  }
-
-  static __device__ __forceinline__ void scale(float4& x, float even, float odd) {
-    x = make_float4(x.x * even, x.y * odd, x.z * even, x.w * odd);
-  }
-
-  using Copy = typename StateColumns<kChannels>::Copy;
-
-  static __device__ __forceinline__ void copy(Copy& to, const float (&S)[kTiles][4]) {
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) to[t] = make_float4(S[t][0], S[t][1], S[t][2], S[t][3]);
   }
 
   // Found again where it is needed: the steps lack registers.
@@ -304,36 +278,68 @@ class Chain {
     multiply(d0, d1, x, by.T);
   }
 
-  // x += what rounding took of a part's U, two tiles of it, times right: where decay is fast, the
-  // last tokens are most of a state, and the rounding of their U half of its error. It is added
-  // where the state is given away; the chain goes on without it.
-  __device__ __forceinline__ void add_rest(float (&x)[kTiles][4], const float (&u0)[4],
-                                           const float (&u1)[4], const uint32_t (&u)[4],
-                                           const Slot& slot, int part, bool wanted) const {
-    uint32_t rest[4];
-    round_off(rest, u0, u1, u);
-#pragma unroll
-    for (uint32_t& x : rest) x = wanted ? x : 0;
-#pragma unroll
-    for (int n = 0; n < kTiles / 2; ++n) add_product(x[2 * n], x[2 * n + 1], rest, slot, part, n);
-  }
-
-  __device__ __forceinline__ void add_rest(Copy& x, const float (&u0)[4], const float (&u1)[4],
-                                           const uint32_t (&u)[4], const Slot& slot,
-                                           int part) const {
-    uint32_t rest[4];
-    round_off(rest, u0, u1, u);
-#pragma unroll 1
-    for (int n = 0; n < kTiles / 2; ++n) {
-      float d[2][4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float4 y = x[2 * n + i];
-        d[i][0] = y.x, d[i][1] = y.y, d[i][2] = y.z, d[i][3] = y.w;
+  // Stores the state where it is wanted with `left` to go: in the checkpoints that lie there, if
+  // that is the stop, and as the final state. Returns the next stop. rest: by parts that are in S,
+  // what rounding took of their U. Where decay is fast, the last tokens are most of a state, and
+  // the rounding of their U half of its error; the chain goes on without it. S is not yet decayed
+  // from the chunk's middle to its end, if it has come there.
+  template <int kParts>
+  __device__ __forceinline__ int give(const float (&S)[kTiles][4],
+                                      const uint32_t (&rest)[kParts][4], const Slot& slot, int left,
+                                      int stop, bool last) const {
+    bool kept = stop == left;
+    if (!kept && !last) return stop;
+    CheckpointRows rows(p_, w_.n, w_.tokens, columns().unit_at(left), lane_);
+    while (true) {
+      const int64_t checkpoint = kept ? rows.next() : -1;
+      if (checkpoint < 0 && kept) {
+        kept = false;
+        stop = columns().left_at(rows.stop());
       }
-      add_product(d[0], d[1], rest, slot, part, n);
+      if (!kept && !last) return stop;
+      const int64_t row = kept ? checkpoint : last_row(p_, w_.n, w_.tokens);
+      last = last && kept;
+      if (row < 0) return stop;
+      const StateTensor &x = p_.final_state, &y = p_.checkpoints.states;
+      void* const to = kept ? y.ptr : x.ptr;
+      const DType dtype = kept ? y.dtype : x.dtype;
+      const int stride_d = p_.state_v_first ? 1 : kChannels;
+      const int stride_c = 8 * (p_.state_v_first ? kChannels : 1);
+      auto here = columns();
+      here.lane = ptx::opaque_lane(lane_);
+      int64_t place = row * (kept ? y.stride_n : x.stride_n) + here.place(p_, 0, 0);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) x[2 * n + i] = make_float4(d[i][0], d[i][1], d[i][2], d[i][3]);
+      for (int n = 0; n < kTiles / 2; ++n) {
+        float d[2][4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[0][i] = S[2 * n][i], d[1][i] = S[2 * n + 1][i];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          add_product(d[0], d[1], rest[part], slot, part, n);
+        }
+        if (kParts == 2) {
+          const float4 by = decays_of(slot.leave)[n];
+          scale(d[0], by.x, by.y);
+          scale(d[1], by.z, by.w);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (dtype == DType::kF32) {
+            float* const at = static_cast<float*>(to) + place;
+            at[0] = d[i][0];
+            at[stride_d] = d[i][1];
+            at[stride_c] = d[i][2];
+            at[stride_c + stride_d] = d[i][3];
+          } else {
+            __nv_bfloat16* const at = static_cast<__nv_bfloat16*>(to) + place;
+            at[0] = __float2bfloat16_rn(d[i][0]);
+            at[stride_d] = __float2bfloat16_rn(d[i][1]);
+            at[stride_c] = __float2bfloat16_rn(d[i][2]);
+            at[stride_c + stride_d] = __float2bfloat16_rn(d[i][3]);
+          }
+          place = ptx::opaque(place + 8 * stride_d);  // found one by one, lest all be kept
+        }
+      }
     }
   }
 
