@@ -95,7 +95,19 @@ class Chain {
         round_off(rest[1], d[2], d[3], u_late);
         stop = give(S, rest, slot, left - kChunk, stop, left <= kChunk);
       };
-      step(S, at, parity, left, store_whole, inside, end);
+      // Put away meanwhile, lest the loop above lack the registers that storing a state takes.
+      Elem* volatile kept_o;
+      volatile uint32_t kept_parity;
+      step(
+          S, at, parity, left,
+          [&](const Staged& staged) {
+            store_whole(staged);
+            kept_o = o;
+            kept_parity = parity;
+          },
+          inside, end);
+      o = kept_o;
+      parity = kept_parity;
       next();
     }
     Staged staged;
