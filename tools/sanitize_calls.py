@@ -40,8 +40,9 @@ def chunk_calls():
         yield regime, call(regime)
     yield "one dense sequence", call("bounded, usual", (70,))
     # How blocks share heads differs with the number of (sequence, head) pairs.
-    yield "many heads", call("bounded, slow", (35, 18), heads=40)
-    yield "heads on two blocks each", call("bounded, slow", (70,), heads=40)
+    yield "a head a block", call("bounded, slow", (35, 18), heads=60)
+    yield "heads on two blocks each", call("bounded, slow", (70,), heads=60)
+    yield "heads on two blocks and a maker", call("bounded, slow", (180,), heads=40)
     yield "three heads on four blocks", call("softplus, steep", (140,), heads=96)
     fp16 = call("bounded, usual")
     for name in ("q", "k", "v", "g", "beta"):

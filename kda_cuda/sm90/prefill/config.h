@@ -20,7 +20,7 @@ struct Config {
   static constexpr int kCluster = kChainBlocks + kMakerBlocks;
   static constexpr int kHeads = kChainBlocks * VS / kChannels;  // of a cluster
   static constexpr int kChainGroups = VS / 64;
-  static constexpr int kFactorGroups = 3 - kChainGroups;             // each makes a chunk
+  static constexpr int kFactorGroups = 3 - kChainGroups;             // two take a part each
   static constexpr bool kMakersOnly = kMakerBlocks == 2;             // chain blocks make none
   static constexpr bool kHelped = kMakerBlocks == 1 && kHeads == 1;  // chain blocks make few
   static constexpr int kThreads = 4 * kGroupThreads;
@@ -54,9 +54,9 @@ inline constexpr int kAhead = 2;  // how many of a block's parts before its turn
 
 // A wait on a parity is only sound if the barrier is not a whole phase further behind: who waits
 // for a slot's use has to know of the use before it. A square warp therefore loads the same raw
-// slots again and again, and factor groups, taking turns, meet the same raw slots too. Who has a
-// chunk's raw parts knows that the warps of the block's chunk but two before, which had the slot
-// that is this chunk's if there are three, are done with it: they loaded these parts afterwards.
+// slots again and again and waits for factors by these, and factor warps meet every chunk of their
+// block's. Who has a chunk's raw parts knows that the warps of the block's chunk but two before are
+// done with it: they loaded these parts afterwards.
 static_assert(kRaw % kSquareWarps == 0 && kRaw % 2 == 0);
 
 // A tile is stored in halves of 64 channels, whose rows of 128 bytes are swizzled as the copy

@@ -1,5 +1,5 @@
-// The factor warps: a warpgroup of them turns a chunk's k, q and g into the factors that multiply
-// the state. With m the middle of the chunk,
+// The factor warps: they turn a chunk's k, q and g into the factors that multiply the state, two
+// warpgroups a part each, one both. With m the middle of the chunk,
 //
 //   left = (k, q) exp(G - G_m)    right = k exp(G_m - G)    a = exp(G_m)    b = exp(G_C - G_m)
 //

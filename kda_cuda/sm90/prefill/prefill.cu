@@ -92,9 +92,9 @@ cudaError_t launch(const Problem& p, const Target& target, cudaStream_t stream) 
   if (p.N == 0 || p.HV == 0) return cudaSuccess;
   const int64_t heads = p.N * p.HV;
   const int64_t whole = cost<Whole>(heads, target, 240);
-  const int64_t halves = cost<Halves>(heads, target, 145);
-  const int64_t helped = cost<Helped>(heads, target, 110);
-  const int64_t fed = cost<Fed>(heads, target, 105);
+  const int64_t halves = cost<Halves>(heads, target, 143);
+  const int64_t helped = cost<Helped>(heads, target, 117);
+  const int64_t fed = cost<Fed>(heads, target, 95);
   const int64_t by_threes = heads_by_threes(p, heads, target);
   const int64_t threes = by_threes > 0 ? 205 : std::numeric_limits<int64_t>::max();
   const int64_t best = std::min({whole, halves, helped, fed, threes});
