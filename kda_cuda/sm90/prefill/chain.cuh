@@ -336,18 +336,17 @@ class Chain {
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
+          const auto store_tile = [&](auto* states, const auto& rounded) {
+            auto* const at = states + place;
+            at[0] = rounded(d[i][0]);
+            at[stride_d] = rounded(d[i][1]);
+            at[stride_c] = rounded(d[i][2]);
+            at[stride_c + stride_d] = rounded(d[i][3]);
+          };
           if (dtype == DType::kF32) {
-            float* const at = static_cast<float*>(to) + place;
-            at[0] = d[i][0];
-            at[stride_d] = d[i][1];
-            at[stride_c] = d[i][2];
-            at[stride_c + stride_d] = d[i][3];
+            store_tile(static_cast<float*>(to), [](float y) { return y; });
           } else {
-            __nv_bfloat16* const at = static_cast<__nv_bfloat16*>(to) + place;
-            at[0] = __float2bfloat16_rn(d[i][0]);
-            at[stride_d] = __float2bfloat16_rn(d[i][1]);
-            at[stride_c] = __float2bfloat16_rn(d[i][2]);
-            at[stride_c + stride_d] = __float2bfloat16_rn(d[i][3]);
+            store_tile(static_cast<Elem*>(to), Traits::from_float);
           }
           place = ptx::opaque(place + 8 * stride_d);  // found one by one, lest all be kept
         }
