@@ -121,6 +121,26 @@ __device__ __forceinline__ void copy_box(const void* map, uint32_t to, uint32_t 
       : "memory");
 }
 
+// The other way: from shared memory, in rows of 32 bytes.
+__device__ __forceinline__ void send_box(const void* map, uint32_t from, int x0, int x1, int x2,
+                                         int x3, int x4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];\n"
+      "cp.async.bulk.commit_group;" ::"l"(map),
+      "r"(from), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
+      : "memory");
+}
+
+// Until what this thread has sent has been read from shared memory.
+__device__ __forceinline__ void wait_for_sent() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Brings a map to where the copy engine will look for it.
+__device__ __forceinline__ void prefetch_map(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

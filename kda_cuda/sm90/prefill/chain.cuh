@@ -21,6 +21,7 @@
 #include "../../common/element.cuh"
 #include "../../common/state_columns.cuh"
 #include "../ptx.cuh"
+#include "maps.h"
 #include "shared.cuh"
 #include "tile.cuh"
 #include "turn.cuh"
@@ -36,31 +37,20 @@ class Chain {
   static constexpr int kTiles = kChannels / 8;  // of the accumulator: eight channels each
 
  public:
-  __device__ Chain(const Problem& p, const Work& w, Shared<Cfg>& s, int rank, int warp, int lane)
-      : p_(p), w_(w), s_(s), rank_(rank), lane_(lane), warp_(warp) {}
+  __device__ Chain(const Problem& p, const Maps& maps, const Work& w, Shared<Cfg>& s, int rank,
+                   int warp, int lane)
+      : p_(p), maps_(maps), w_(w), s_(s), rank_(rank), lane_(lane), warp_(warp) {}
 
   __device__ void run() {
     static_assert(kCheckpointUnit == kPart, "a checkpoint lies between two parts");
     float S[kTiles][4];
     columns().load(p_, S);
-    const int64_t stride = kPart * p_.o.stride_t;
-    Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
-              (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + warp_ * 16 +
-              lane_ % 2 * (kPiece / sizeof(Elem));
     int left = static_cast<int>(w_.tokens);
     int stop = columns().first_stop(p_);
     if (left == stop) stop = columns().keep(p_, S, left);
     columns().spoil_wrong_checkpoints(p_);
     int at = 0;
     uint32_t parity = 0;
-    // The outputs of the last step, of which `rows` are the sequence's.
-    const auto store_last = [&](const Staged& staged, int rows) {
-      if (left == static_cast<int>(w_.tokens)) return;
-      if (lane_ / 2 < rows) *reinterpret_cast<uint4*>(o) = staged[0];
-      if (lane_ / 2 + kPart < rows) *reinterpret_cast<uint4*>(o + stride) = staged[1];
-      o += 2 * stride;
-    };
-    const auto store_whole = [&](const Staged& staged) { store_last(staged, kChunk); };
     constexpr auto kNothing = [](const auto&...) {};
     const auto next = [&] {
       at = at + 1 == Cfg::kSlots ? 0 : at + 1;
@@ -74,7 +64,7 @@ class Chain {
 #pragma unroll 1
       while (left > bound) {
         lane_ = ptx::opaque_lane(lane_);  // places are cheaper to find again than to keep
-        step(S, at, parity, left, store_whole, kNothing, kNothing);
+        step(S, at, parity, left, kNothing, kNothing);
         next();
       }
       const auto inside = [&](const float (&u0)[4], const float (&u1)[4], const uint32_t (&u)[4],
@@ -96,24 +86,19 @@ class Chain {
         stop = give(S, rest, slot, left - kChunk, stop, left <= kChunk);
       };
       // Put away meanwhile, lest the loop above lack the registers that storing a state takes.
-      Elem* volatile kept_o;
-      volatile uint32_t kept_parity;
-      step(
-          S, at, parity, left,
-          [&](const Staged& staged) {
-            store_whole(staged);
-            kept_o = o;
-            kept_parity = parity;
-          },
-          inside, end);
-      o = kept_o;
+      volatile uint32_t kept_parity = parity;
+      step(S, at, parity, left, inside, end);
       parity = kept_parity;
       next();
     }
-    Staged staged;
-    load_staged(staged);
-    store_last(staged, left + kChunk);
-    if (w_.tokens == 0) columns().store_final(p_, S);
+    if (w_.tokens == 0) {
+      columns().store_final(p_, S);
+    } else if (left == 0) {
+      send_outputs(left);
+      ptx::wait_for_sent();
+    } else {
+      store_outputs(left + kChunk);
+    }
   }
 
  private:
@@ -236,10 +221,7 @@ class Chain {
     const Maker maker = maker_of<Cfg>(slot, rank_);
     const uint32_t empty = at_of(&s_.empty[maker.stage]) + (bits >> 31);
     if constexpr (Cfg::kCluster > 1) {
-      __syncwarp();
-      if (cute::elect_one_sync()) {
-        ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, maker.rank));
-      }
+      ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, maker.rank));
     } else {
       ptx::mbarrier_arrive_at(empty);
     }
@@ -417,16 +399,14 @@ class Chain {
                                   (row_offset(rows.row, rows.piece) ^ warp_ % 4 * 2 * kPiece));
   }
 
-  // One chunk. `store` stores the last outputs, `inside` is done when the early part's update has
+  // One chunk. `inside` is done when the early part's update has
   // been started, `end` when both parts' have.
-  template <class Store, class Inside, class End>
+  template <class Inside, class End>
   __device__ __forceinline__ void step(float (&S)[kTiles][4], int at, uint32_t parity, int left,
-                                       const Store& store, const Inside& inside,
-                                       const End& end) const {
+                                       const Inside& inside, const End& end) const {
     const Slot& slot = s_.slots[at];
     // Shuffled, so that descriptors stay in uniform registers.
     const uint32_t tiles = __shfl_sync(~0u, descriptor_address(at_of(&slot)), 0);
-    if constexpr (kRoomy) ptx::mbarrier_wait_at(at_of(&s_.values_full[at]), parity);
     ptx::mbarrier_wait_at(at_of(&s_.full[at]), parity);
     {
       Decays enter;
@@ -435,12 +415,13 @@ class Chain {
     }
     float d[8][4];
     start_state_product(d, S, tiles);
+    send_outputs(left);
     uint32_t u[4], u_late[4];
     Decays leave;
     if constexpr (kRoomy) {
-      solve_ahead(S, d, u, u_late, leave, slot, tiles, at, left, store, inside);
+      solve_ahead(S, d, u, u_late, leave, slot, tiles, at, left, inside);
     } else {
-      solve_in_turn(S, d, u, u_late, leave, slot, tiles, at, parity, left, store, inside);
+      solve_in_turn(S, d, u, u_late, leave, slot, tiles, at, left, inside);
     }
     end(d, u, u_late, slot);
     cute::warpgroup_wait<0>();
@@ -451,18 +432,13 @@ class Chain {
 
   // From the products with the state to the outputs and the updates of the state, by warps that
   // others' work lets wait: each operand is loaded shortly before it is used.
-  template <class Store, class Inside>
+  template <class Inside>
   __device__ __forceinline__ void solve_in_turn(float (&S)[kTiles][4], float (&d)[8][4],
                                                 uint32_t (&u)[4], uint32_t (&u_late)[4],
                                                 Decays& leave, const Slot& slot, uint32_t tiles,
-                                                int at, uint32_t parity, int left,
-                                                const Store& store, const Inside& inside) const {
+                                                int at, int left, const Inside& inside) const {
     const Squares &early = slot.squares[0], &late = slot.squares[1];
-    Staged staged;
-    load_staged(staged);
-    store(staged);
     uint32_t v[4], v_late[4], m[4];
-    ptx::mbarrier_wait_at(at_of(&s_.values_full[at]), parity);
     load_values(v, at, 0);
     cute::warpgroup_wait<0>();
     fence(d);
@@ -483,6 +459,7 @@ class Chain {
     to_operand<Elem>(u_late, d[2], d[3]);
     start_update(S, u_late, tiles, 1);
     ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
+    ptx::wait_for_sent();
     __syncwarp();  // the last outputs have been read
     Finishing finishing;
     load(finishing, early);
@@ -499,21 +476,17 @@ class Chain {
   // The same by warps that have a scheduler almost for themselves, and registers to load ahead:
   // what the late part and the outputs need of early U goes before the update, which would keep
   // the tensor cores from it.
-  template <class Store, class Inside>
+  template <class Inside>
   __device__ __forceinline__ void solve_ahead(float (&S)[kTiles][4], float (&d)[8][4],
                                               uint32_t (&u)[4], uint32_t (&u_late)[4],
                                               Decays& leave, const Slot& slot, uint32_t tiles,
-                                              int at, int left, const Store& store,
-                                              const Inside& inside) const {
+                                              int at, int left, const Inside& inside) const {
     const Squares &early = slot.squares[0], &late = slot.squares[1];
-    Staged staged;
-    load_staged(staged);
     uint32_t v[4], v_late[4], cross[4], cross_q[4], M[4];
     load_values(v, at, 0);
     Solving solving, solving_late;
     load(solving, early);
     load_values(v_late, at, 1);
-    store(staged);
     cute::warpgroup_wait<0>();
     fence(d);
     keep_tokens(v, v_late, left);
@@ -538,24 +511,42 @@ class Chain {
     start_update(S, u_late, tiles, 1);
     load(finishing_late, late);
     load_decays(leave, slot.leave);
+    ptx::wait_for_sent();
     __syncwarp();  // the last outputs have been read
     finish_output(d[4], d[5], d[0], d[1], finishing, 0);
     finish_output(d[6], d[7], d[2], d[3], finishing_late, 1);
   }
 
-  // O^T goes through shared memory, so that it leaves in rows of 16 bytes, a chunk later.
-  using Staged = uint4[2];  // by parts
-
-  __device__ __forceinline__ void load_staged(Staged& to) const {
+  // Has the copy engine take O of the chunk, a whole one, before that with `left` to go, if there
+  // is one.
+  __device__ __forceinline__ void send_outputs(int left) const {
+    ptx::fence_async_proxy();
     __syncwarp();  // they have been written
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      to[part] = *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(s_.o[warp_][part]) +
-                                                 square_offset(lane_ / 2, lane_ % 2));
+    if (cute::elect_one_sync()) {
+      const Origin& x = s_.origins[0];
+      const int done = static_cast<int>(w_.tokens) - left;
+      if (done > 0) {
+        ptx::send_box(&maps_.o, at_of(s_.o[warp_]), warp_ % 4 * 16, x.begin + done - kChunk,
+                      x.half + warp_ / 4, x.hv, x.row);
+      }
+    }
+  }
+
+  // The same of a chunk of which `rows` tokens are the sequence's.
+  __device__ __forceinline__ void store_outputs(int rows) const {
+    __syncwarp();  // they have been written
+    Elem* const o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
+                    (w_.begin + w_.tokens - rows) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 +
+                    warp_ * 16;
+    for (int row = lane_ / 2; row < rows; row += kPart) {
+      const char* from = reinterpret_cast<const char*>(s_.o[warp_]) + square_offset(row, lane_ % 2);
+      reinterpret_cast<uint4*>(o + row * p_.o.stride_t)[lane_ % 2] =
+          *reinterpret_cast<const uint4*>(from);
     }
   }
 
   const Problem& p_;
+  const Maps& maps_;
   const Work& w_;
   Shared<Cfg>& s_;
   int rank_;  // of the block in its cluster

@@ -38,6 +38,10 @@ struct Config {
                               : kHelped           ? kSlots - kChainBlocks
                               : kMakerBlocks == 1 ? kSlots - 1
                                                   : kSlots / kChainBlocks;
+  // A block without a chain has its warpgroup make factors, and raw parts of three chunks.
+  static constexpr bool kEager = kMakerBlocks > 0 && kHeads == 1;
+  static constexpr int kHeld = kEager ? 3 : 2;  // chunks whose raw parts a block holds at most
+  static constexpr int kUses = kEager ? 6 : 2;  // and for which it has barriers
   // Blocks that read a chunk.
   static constexpr int kReaders = kHeads == 1 ? kChainBlocks : 1;
 };
@@ -49,15 +53,10 @@ using Helped = Config<64, 2, 1>;   // two blocks of a head, with one that makes 
 using Threes = Config<128, 3, 1>;  // three heads, for each of which the fourth block makes one
                                    // chunk in four
 
-inline constexpr int kRaw = 4;    // of a part's q, k and g
-inline constexpr int kAhead = 2;  // how many of a block's parts before its turn a part is loaded
-
 // A wait on a parity is only sound if the barrier is not a whole phase further behind: who waits
-// for a slot's use has to know of the use before it. A square warp therefore loads the same raw
-// slots again and again and waits for factors by these, and factor warps meet every chunk of their
-// block's. Who has a chunk's raw parts knows that the warps of the block's chunk but two before are
-// done with it: they loaded these parts afterwards.
-static_assert(kRaw % kSquareWarps == 0 && kRaw % 2 == 0);
+// for a barrier's phase has to have waited for the one before. The barriers of raw parts and
+// factors therefore go by kUses chunks of a block's, a multiple of those after which the same
+// square warp and the same factor warpgroup come to a part again, and so do a block's own slots.
 
 // A tile is stored in halves of 64 channels, whose rows of 128 bytes are swizzled as the copy
 // engine and the tensor cores swizzle them (tile.cuh).

@@ -18,13 +18,16 @@
 #include "../../common/element.cuh"
 #include "../ptx.cuh"
 #include "shared.cuh"
-#include "splits.cuh"
 #include "tile.cuh"
 #include "turn.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 
 using Bf16 = ElementTraits<__nv_bfloat16>;
+
+// At a chunk's factors: of every part's threads, or, where one warpgroup makes both, once.
+template <class Cfg>
+inline constexpr int kFactorArrivals = (Cfg::kFactorGroups > 1 ? 2 : 1) * kGroupThreads;
 
 template <class Cfg>
 class FactorWarp {
@@ -35,13 +38,13 @@ class FactorWarp {
   using Bits = uint2[kSpan];  // of four 16-bit elements a token
 
  public:
-  __device__ FactorWarp(const Problem& p, const Work& w, Shared<Cfg>& s, int rank, int warp,
-                        int lane)
+  __device__ FactorWarp(const Problem& p, const Work& w, Shared<Cfg>& s, int rank, int group,
+                        int warp, int lane)
       : p_(p),
         s_(s),
         rank_(rank),
-        group_(warp / 4),
-        warp_(warp % 4),
+        group_(group),
+        warp_(warp),
         lane_(lane),
         tokens_(static_cast<int>(w.tokens)),
         chunks_(w.chunks) {
@@ -84,30 +87,29 @@ class FactorWarp {
   // G: the gate's type.
   template <Gate kGate, class G>
   __device__ __forceinline__ void walk() {
-    Cursor<kRaw> raw(0);
+    int part = group_ % 2;
+    Cursor use(uses<Cfg>(rank_));
     Turn<Cfg> turn(rank_, 0);
+    use.advance(group_ / 2);
+    turn.advance(group_ / 2);
+    const int groups = factor_groups<Cfg>(rank_);
 #pragma unroll 1
-    for (int c; (c = turn.chunk()) < chunks_; turn.advance(1)) {
+    for (int c; (c = turn.chunk()) < chunks_;) {
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
       if constexpr (Cfg::kHeads > 1) {
         if (!has_chain<Cfg>(rank_)) load_head(s_.origins[turn.head()].hv);
       }
-      int splits = 0;  // by parts
 #pragma unroll 1
-      for (int part = group_; part < 2; part += Cfg::kFactorGroups) {
-        const int decay = make<kGate, G>(part, tokens_ - c * kChunk - part * kPart, raw, turn);
-        splits |= (decay == kSplits) << part;
+      for (; part < 2; part += groups) {
+        make<kGate, G>(part, tokens_ - c * kChunk - part * kPart, use, turn);
       }
       ptx::fence_async_proxy();
-      ptx::mbarrier_arrive_at(at(&s_.factors_full[raw.at / 2]));
-#pragma unroll 1
-      for (int part = group_; splits != 0 && part < 2; part += Cfg::kFactorGroups) {
-        if (splits >> part & 1) {
-          split<kGate, G>(part, tokens_ - c * kChunk - part * kPart, raw.at + part, raw.parity);
-        }
-      }
-      raw.advance(makes_few<Cfg>(rank_) ? kRaw : 2);
+      ptx::mbarrier_arrive_at(at(&s_.factors_full[use.at]));
+      const int chunks = part / 2;
+      part -= 2 * chunks;
+      use.advance(chunks);
+      turn.advance(chunks);
     }
   }
 
@@ -201,10 +203,9 @@ class FactorWarp {
     }
   }
 
-  // Where factors go. right_flip: what the right ones' places differ in from the left ones'.
+  // Where factors go.
   struct Tiles {
     char *left_k, *left_q, *right;
-    int right_flip;
   };
 
   // Writes products of decays with k and q, from those before the lane's span and after it on.
@@ -227,7 +228,7 @@ class FactorWarp {
       for (int c = 0; c < kOwn; ++c) before[c] *= e[i][c];
       unpack(x, k[i]);
       store(to.left_k + place(i), x, before);
-      store(to.right + (place(i) ^ to.right_flip), x, later[i]);
+      store(to.right + place(i), x, later[i]);
       unpack(x, q[i]);
       store(to.left_q + place(i), x, before);
     }
@@ -261,17 +262,16 @@ class FactorWarp {
     return __any_sync(~0u, fminf(fminf(x[0], x[1]), fminf(x[2], x[3])) < bound);
   }
 
-  // A part of a chunk. raw_at: of the chunk's early part.
+  // A part of a chunk.
   template <Gate kGate, class G>
-  __device__ __forceinline__ int make(int part, int left, const Cursor<kRaw>& raw_at,
-                                      const Turn<Cfg>& turn) const {
-    const int raw_slot = raw_at.at + part;
-    Raw& raw = s_.raw[raw_slot];
+  __device__ __forceinline__ void make(int part, int left, const Cursor& use,
+                                       const Turn<Cfg>& turn) const {
+    Raw& raw = s_.raw[use.at % held<Cfg>(rank_)][part];
     Slot& slot = s_.slots[turn.place()];
     const Place place(lane_, warp_);
     const int span = lane_ / 8, half = warp_ / 2;
 
-    ptx::mbarrier_wait_at(at(&s_.raw_full[raw_slot]), raw_at.parity);
+    ptx::mbarrier_wait_at(at(&s_.raw_full[use.at][part]), use.parity);
     Bits k, q;
     Decays e;
     load_decays<kGate, G>(e, raw, left, place);
@@ -279,29 +279,25 @@ class FactorWarp {
     // Products of the decays over the part, before the lane's span and after it.
     float total[kOwn], before[kOwn], after[kOwn];
     int decay = kUsual;
-    {
-      float pair[kOwn];  // over eight tokens
 #pragma unroll
-      for (int c = 0; c < kOwn; ++c) {
-        const float own = product(e, c), beside = __shfl_xor_sync(~0u, own, 8);
-        pair[c] = own * beside;
-        const float others = __shfl_xor_sync(~0u, pair[c], 16);
-        total[c] = pair[c] * others;
-        before[c] = (span & 1 ? beside : 1.f) * (span & 2 ? others : 1.f);
-        after[c] = (span & 1 ? 1.f : beside) * (span & 2 ? 1.f : others);
-      }
-      // Above this, k and q may be as large as 3e5.
-      if (any_below(total, 1e-33f)) {
-        load_tokens(k, q, raw, left, place);
-        const float bound = smallest_decay(k, q);
-        if (any_below(total, bound)) decay = any_below(pair, bound) ? kSplits : kSteep;
+    for (int c = 0; c < kOwn; ++c) {
+      const float own = product(e, c), beside = __shfl_xor_sync(~0u, own, 8);
+      const float pair = own * beside, others = __shfl_xor_sync(~0u, pair, 16);
+      total[c] = pair * others;
+      before[c] = (span & 1 ? beside : 1.f) * (span & 2 ? others : 1.f);
+      after[c] = (span & 1 ? 1.f : beside) * (span & 2 ? 1.f : others);
+    }
+    // Above this, k and q may be as large as 3e5.
+    if (any_below(total, 1e-33f)) {
+      load_tokens(k, q, raw, left, place);
+      const float bound = smallest_decay(k, q);
+      if (any_below(total, bound)) decay = kSteep;
 #pragma unroll
-        for (int c = 0; c < kOwn; ++c) total[c] = fmaxf(total[c], bound);
-      }
+      for (int c = 0; c < kOwn; ++c) total[c] = fmaxf(total[c], bound);
     }
     ptx::mbarrier_wait_at(at(&s_.empty[turn.stage]), turn.parity ^ 1);
     load_tokens(k, q, raw, left, place);
-    if (lane_ == 0) s_.decay[raw_at.at / 2][part][warp_] = decay;
+    if (lane_ == 0) s_.decay[use.at][part][warp_] = decay;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       const float inverse = ptx::rcp(total[c]);
@@ -317,84 +313,91 @@ class FactorWarp {
     }
     write(Tiles{reinterpret_cast<char*>(slot.left[half][part * kPart]),
                 reinterpret_cast<char*>(slot.left[half][kChunk + part * kPart]),
-                reinterpret_cast<char*>(slot.right[half][part * kPart]), 0},
+                reinterpret_cast<char*>(slot.right[half][part * kPart])},
           k, q, e, before, after, place);
     if (decay == kSteep) {
-      // The same about the middle of the part.
-#pragma unroll
-      for (int c = 0; c < kOwn; ++c) {
-        const float own = product(e, c), beside = __shfl_xor_sync(~0u, own, 8);
-        const float inverse = ptx::rcp(own * beside);
-        before[c] = (span & 1 ? beside : 1.f) * (span & 2 ? 1.f : inverse);
-        after[c] = (span & 1 ? 1.f : beside) * (span & 2 ? inverse : 1.f);
-      }
-      ptx::mbarrier_wait_at(at(&s_.norms[raw_slot]), raw_at.parity);
+      ptx::mbarrier_wait_at(at(&s_.norms[use.at][part]), use.parity);
       __syncwarp();
-      const SteepRight right = steep_right(p_.g.dtype, warp_);
-      write(Tiles{reinterpret_cast<char*>(raw.k[half]), reinterpret_cast<char*>(raw.q[half]),
-                  raw.g + right.offset, (right.piece ^ warp_ % 2 * 4) * kPiece},
-            k, q, e, before, after, place);
+      write_steep(raw, s_.scratch[use.at % 2 * 2 + part].near[warp_], k, q, e);
     }
-    return decay;
   }
 
-  // Meets the square warp at every level of splits.
-  template <Gate kGate, class G>
-  __device__ __forceinline__ void split(int part, int left, int raw_slot, uint32_t parity) const {
-    Raw& raw = s_.raw[raw_slot];
-    const Place place(lane_, warp_);
-    const int span = lane_ / 8, half = warp_ / 2;
-    Bits k, q;
-    Decays e;
-    load_decays<kGate, G>(e, raw, left, place);
-    load_tokens(k, q, raw, left, place);
-    float beside[kOwn];
+  // What the square warp makes the products within a steep part of (steep.cuh).
+  __device__ __forceinline__ void write_steep(Raw& raw, Near& near, const Bits& k, const Bits& q,
+                                              const Decays& e) const {
+    const int lane = ptx::opaque_lane(lane_);  // nothing of this is to be kept
+    const int span = lane / 8, half = warp_ / 2;
+    const Place place(lane, warp_);
+    const Place lower(span == 3 ? lane % 8 : lane, warp_);  // of q split at its half's middle
+    const SteepK halves = steep_k(p_.g.dtype, warp_);
+    const int flip = (halves.piece ^ warp_ % 2 * 4) * kPiece;
+    char* const to_k = reinterpret_cast<char*>(raw.k[half]);
+    char* const to_q = reinterpret_cast<char*>(raw.q[half]);
+    // From the middle of the lane's half, and of the part, to its span or on from it.
+    float far[kOwn];
+    Decays before, after;
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) beside[c] = __shfl_xor_sync(~0u, product(e, c), 8);
-    const uint32_t meeting = at(&s_.meeting[raw_slot][warp_]);
-    ptx::mbarrier_wait_at(at(&s_.norms[raw_slot]), parity);
-    __syncwarp();
-#pragma unroll 1
-    for (int level = kPart / 2; level > 0; level /= 2) {
-      // The products of decays between the level's middle and the lane's tokens, where all of the
-      // span is on one side of it, or two tokens, or one.
-      Decays f;
+    for (int c = 0; c < kOwn; ++c) {
+      const float beside = __shfl_xor_sync(~0u, product(e, c), 8);
+      far[c] = span == 0 || span == 3 ? beside : 1.f;
+      before[0][c] = e[0][c];
+      after[kSpan - 1][c] = 1.f;
+#pragma unroll
+      for (int i = 1; i < kSpan; ++i) {
+        before[i][c] = before[i - 1][c] * e[i][c];
+        after[kSpan - 1 - i][c] = after[kSpan - i][c] * e[kSpan - i][c];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      float x[kOwn], y[kOwn], by_half[kOwn], by_part[kOwn];
+      unpack(x, k[i]);
+      unpack(y, q[i]);
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) {
-        const float between = level == 8 ? beside[c] : 1.f;
-        if (level == 1) {
-          f[0][c] = f[2][c] = 1.f;
-          f[1][c] = e[1][c];
-          f[3][c] = e[3][c];
-        } else if (level == 2) {
-          f[0][c] = e[1][c];
-          f[1][c] = 1.f;
-          f[2][c] = e[2][c];
-          f[3][c] = e[2][c] * e[3][c];
-        } else if (kSpan * span & level) {
-          f[0][c] = (span & 1 ? between : 1.f) * e[0][c];
-          f[1][c] = f[0][c] * e[1][c];
-          f[2][c] = f[1][c] * e[2][c];
-          f[3][c] = f[2][c] * e[3][c];
-        } else {
-          f[3][c] = span & 1 ? 1.f : between;
-          f[2][c] = f[3][c] * e[3][c];
-          f[1][c] = f[2][c] * e[2][c];
-          f[0][c] = f[1][c] * e[1][c];
-        }
+        by_half[c] = span & 1 ? before[i][c] : after[i][c];
+        by_part[c] = (span & 2 ? before[i][c] : after[i][c]) * far[c];
       }
-#pragma unroll
-      for (int i = 0; i < kSpan; ++i) {
-        float x[kOwn];
-        unpack(x, k[i]);
-        store(reinterpret_cast<char*>(raw.k[half]) + place(i), x, f[i]);
-        unpack(x, q[i]);
-        store(reinterpret_cast<char*>(raw.q[half]) + place(i), x, f[i]);
-      }
-      ptx::fence_async_proxy();  // after the last level the copy engine writes here
-      meet(meeting, 0);
-      meet(meeting, 1);
+      store(raw.g + halves.offset + (place(i) ^ flip), x, by_half);
+      store(to_k + place(i), x, by_part);
+      if (span & 2) store(to_q + place(i), y, by_part);
+      if (span & 1) store(to_q + lower(i), y, by_half);
     }
+    // Summed over the eight lanes of the span, each of which keeps fewer of the sums in every
+    // round.
+    float sums[2 * kNearPairs] = {};
+#pragma unroll
+    for (int j = 0; j < kSpan; ++j) {
+      float right[kOwn], x[kOwn];
+      unpack(right, k[j]);
+#pragma unroll
+      for (int i = j + 1; i < kSpan; ++i) {
+#pragma unroll
+        for (int c = 0; c < kOwn; ++c) right[c] *= e[i][c];
+        unpack(x, k[i]);
+#pragma unroll
+        for (int c = 0; c < kOwn; ++c) sums[near_pair(i, j)] += x[c] * right[c];
+        unpack(x, q[i]);
+#pragma unroll
+        for (int c = 0; c < kOwn; ++c) sums[kNearPairs + near_pair(i, j)] += x[c] * right[c];
+      }
+    }
+    constexpr int kHalf = kNearPairs, kFourth = kNearPairs / 2;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) add_halves(sums[i], sums[kHalf + i], 4, lane);
+#pragma unroll
+    for (int i = 0; i < kFourth; ++i) add_halves(sums[i], sums[kFourth + i], 2, lane);
+#pragma unroll
+    for (int i = 0; i < kFourth; ++i) {
+      sums[i] += __shfl_xor_sync(~0u, sums[i], 1);
+      if (lane % 2 == 0) near[span][lane / 4 % 2 * kHalf + lane / 2 % 2 * kFourth + i] = sums[i];
+    }
+  }
+
+  // Of two sums, lanes without this bit keep the first, and lanes with it the second.
+  static __device__ __forceinline__ void add_halves(float& first, float second, int bit, int lane) {
+    const float kept = lane & bit ? second : first, given = lane & bit ? first : second;
+    first = kept + __shfl_xor_sync(~0u, given, bit);
   }
 
   const Problem& p_;

@@ -36,6 +36,10 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   const int lane = __shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32);
   __builtin_assume(lane >= 0 && lane < 32);
 
+  if (threadIdx.x == 32) {
+    for (const CUtensorMap* map : {&maps.g, &maps.k, &maps.q, &maps.v, &maps.o})
+      ptx::prefetch_map(map);
+  }
   if (threadIdx.x == 0) {
     s.work = found;
     for (int i = 0; i < Cfg::kHeads; ++i) {
@@ -44,26 +48,20 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
                       hv, found.v0 / kHalf};
     }
     constexpr int kChainThreads = Cfg::kChainGroups * kGroupThreads;
-    for (int i = 0; i < kRaw; ++i) {
-      ptx::mbarrier_init(&s.raw_full[i], 1);
-      ptx::mbarrier_init(&s.raw_empty[i], 32);
-      ptx::mbarrier_init(&s.norms[i], 32);
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        ptx::mbarrier_init(&s.meeting[i][quarter], kMeetingThreads);
+    for (int i = 0; i < Cfg::kUses; ++i) {
+      for (int part = 0; part < 2; ++part) {
+        ptx::mbarrier_init(&s.raw_full[i][part], 1);
+        ptx::mbarrier_init(&s.raw_empty[i][part], 32);
+        ptx::mbarrier_init(&s.norms[i][part], 32);
       }
-    }
-    for (int i = 0; i < kRaw / 2; ++i) {
-      ptx::mbarrier_init(&s.factors_full[i], Cfg::kFactorGroups * kGroupThreads);
+      ptx::mbarrier_init(&s.factors_full[i], kFactorArrivals<Cfg>);
     }
     for (int i = 0; i < Cfg::kOwn; ++i) {
-      // Within a block every chain thread arrives for itself, over a cluster a warp does.
-      ptx::mbarrier_init(&s.empty[i],
-                         Cfg::kCluster > 1 ? Cfg::kReaders * kChainThreads / 32 : kChainThreads);
+      ptx::mbarrier_init(&s.empty[i], Cfg::kReaders * kChainThreads + (chains ? 0 : 2 * 32));
     }
     for (int i = 0; i < Cfg::kSlots; ++i) {
-      // By parts, as v: by a warp each, or by the two copies from another block.
-      ptx::mbarrier_init(&s.full[i], maker_of<Cfg>(i, rank).rank == rank ? 2 * 32 : 2);
-      ptx::mbarrier_init(&s.values_full[i], 2);
+      // By parts: by a warp each, or by what another block announces; and by their v's loads.
+      ptx::mbarrier_init(&s.full[i], (maker_of<Cfg>(i, rank).rank == rank ? 2 * 32 : 2) + 2);
       ptx::mbarrier_init(&s.values_empty[i], kChainThreads);
     }
     ptx::mbarrier_init_fence();
@@ -72,17 +70,19 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   if constexpr (Cfg::kCluster > 1) ptx::cluster_sync();
   const Work& w = s.work;
 
-  if (group < Cfg::kChainGroups) {
+  constexpr int kSquareGroup = Cfg::kChainGroups + Cfg::kFactorGroups;
+  if (group < Cfg::kChainGroups && chains) {
     ptx::more_registers<Cfg::kChainRegisters>();
-    if (chains) Chain<Cfg>(p, w, s, rank, warp, lane).run();
-  } else if (group < Cfg::kChainGroups + Cfg::kFactorGroups) {
+    Chain<Cfg>(p, maps, w, s, rank, warp, lane).run();
+  } else if (group < kSquareGroup) {
     ptx::fewer_registers<Cfg::kFactorRegisters>();
-    if (makes_chunks<Cfg>(rank)) {
-      FactorWarp<Cfg>(p, w, s, rank, warp - 4 * Cfg::kChainGroups, lane).run();
+    const int factor = group < Cfg::kChainGroups ? Cfg::kFactorGroups : group - Cfg::kChainGroups;
+    if (makes_chunks<Cfg>(rank) && factor < factor_groups<Cfg>(rank)) {
+      FactorWarp<Cfg>(p, w, s, rank, factor, warp % 4, lane).run();
     }
   } else {
     ptx::fewer_registers<Cfg::kSquareRegisters>();
-    const int square = warp - 4 * (Cfg::kChainGroups + Cfg::kFactorGroups);
+    const int square = warp - 4 * kSquareGroup;
     if (makes_chunks<Cfg>(rank) && !(makes_few<Cfg>(rank) && square >= 2)) {
       SquareWarp<Cfg>(p, maps, w, s, rank, square, lane).run();
     } else if (makes_few<Cfg>(rank) || square < 2) {

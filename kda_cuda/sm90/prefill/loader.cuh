@@ -18,14 +18,14 @@ class Loader {
         s_(s),
         gate_bytes_(p.g.dtype == DType::kF32 ? sizeof(Raw::g) : sizeof(Raw::g) / 2) {}
 
-  // q, k and g of a part, from token `first` of the sequence on, for the use of the slot that has
-  // this parity. head: of the cluster's.
-  __device__ __forceinline__ void load_raw(int first, int head, int slot, uint32_t parity) const {
+  // q, k and g of a part, from token `first` of the sequence on. head: of the cluster's. use: the
+  // chunk's. before: that of the chunk whose raw parts lay there.
+  __device__ __forceinline__ void load_raw(int first, int head, int part, Raw& to,
+                                           const Cursor& use, const Cursor& before) const {
     if (cute::elect_one_sync()) {
       const Origin x = s_.origins[head];
-      const Raw& to = s_.raw[slot];
-      const uint32_t full = at(&s_.raw_full[slot]);
-      ptx::mbarrier_wait_at(at(&s_.raw_empty[slot]), parity ^ 1);
+      const uint32_t full = at(&s_.raw_full[use.at][part]);
+      ptx::mbarrier_wait_at(at(&s_.raw_empty[before.at][part]), before.parity);
       ptx::mbarrier_expect(full, sizeof(to.k) + sizeof(to.q) + gate_bytes_);
       ptx::copy_box(&maps_.g, at(to.g), full, 0, x.begin + first, 0, x.hv, x.row);
       ptx::copy_box(&maps_.k, at(to.k), full, 0, x.begin + first, 0, x.h, x.row);
@@ -45,7 +45,7 @@ class Loader {
       for (int i = 0; i < count; ++i) {
         const int slot = first + i, token = (ring + slot) * kChunk;
         if (token >= tokens) break;
-        const uint32_t full = at(&s_.values_full[slot]);
+        const uint32_t full = at(&s_.full[slot]);
         ptx::mbarrier_wait_at(at(&s_.values_empty[slot]), parity ^ 1);
         ptx::mbarrier_expect(full, sizeof(s_.values[slot][part]));
         ptx::copy_box(&maps_.v, at(&s_.values[slot][part]), full, 0, x.begin + token + part * kPart,
@@ -57,7 +57,7 @@ class Loader {
 
   // The same of all chunks, for a block that makes none.
   __device__ __forceinline__ void load_all_values(int part, int tokens) const {
-    Cursor<Cfg::kSlots> slot(0);
+    Cursor slot(Cfg::kSlots);
     int ring = 0;
 #pragma unroll 1
     while ((ring + slot.at) * kChunk < tokens) {

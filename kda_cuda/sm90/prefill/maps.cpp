@@ -41,10 +41,17 @@ Encode find_encode() {
              : nullptr;
 }
 
-// Boxes of a part of a chunk of one head. Channels are two dimensions, so that a box's columns of
-// 128 bytes follow each other in shared memory, `columns` of them.
+// What a copy moves of one head: so many tokens, of `columns` columns of 128 bytes or of `bytes` of
+// one of them.
+struct Box {
+  int tokens, columns, bytes;
+  CUtensorMapSwizzle swizzle;
+};
+
+// Channels are two dimensions, so that a box's columns of 128 bytes follow each other in shared
+// memory.
 cudaError_t encode(Encode function, CUtensorMap* map, const TokenTensor& x, const Problem& p,
-                   int heads, int columns) {
+                   int heads, const Box& of) {
   const int bytes = bytes_of(x.dtype);
   const CUtensorMapDataType type = x.dtype == DType::kF32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : x.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
@@ -58,32 +65,37 @@ cudaError_t encode(Encode function, CUtensorMap* map, const TokenTensor& x, cons
                                static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(p.B)};
   const cuuint64_t strides[4] = {stride(x.stride_t, p.T), kRowBytes, stride(x.stride_h, heads),
                                  stride(x.stride_b, p.B)};
-  const cuuint32_t box[5] = {static_cast<cuuint32_t>(width), kPart,
-                             static_cast<cuuint32_t>(columns), 1, 1};
+  const cuuint32_t box[5] = {static_cast<cuuint32_t>(of.bytes / bytes),
+                             static_cast<cuuint32_t>(of.tokens),
+                             static_cast<cuuint32_t>(of.columns), 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const CUresult result =
       function(map, type, 5, x.ptr, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+               of.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 }  // namespace
 
 bool maps_fit(const Problem& p) {
-  return p.T > 0 && p.T <= std::numeric_limits<int32_t>::max() - kChunk && fits(p.q, p, p.H) &&
-         fits(p.k, p, p.H) && fits(p.v, p, p.HV) && fits(p.g, p, p.HV);
+  return p.T > 0 && p.T <= std::numeric_limits<int32_t>::max() - 2 * kChunk && fits(p.q, p, p.H) &&
+         fits(p.k, p, p.H) && fits(p.v, p, p.HV) && fits(p.g, p, p.HV) && fits(p.o, p, p.HV);
 }
-
-bool stores_fit(const Problem& p) { return fits(p.o, p, p.HV); }
 
 cudaError_t make_maps(const Problem& p, int value_columns, Maps* maps) {
   static const Encode function = find_encode();
   if (function == nullptr) return cudaErrorSymbolNotFound;
-  cudaError_t error = encode(function, &maps->q, p.q, p, p.H, 2);
-  if (error == cudaSuccess) error = encode(function, &maps->k, p.k, p, p.H, 2);
-  if (error == cudaSuccess) error = encode(function, &maps->v, p.v, p, p.HV, value_columns / kHalf);
-  if (error == cudaSuccess) error = encode(function, &maps->g, p.g, p, p.HV, bytes_of(p.g.dtype));
+  const auto part = [](int columns) {
+    return Box{kPart, columns, kRowBytes, CU_TENSOR_MAP_SWIZZLE_128B};
+  };
+  const Box outputs = {kChunk, 1, kPart * bytes_of(p.o.dtype), CU_TENSOR_MAP_SWIZZLE_32B};
+  cudaError_t error = encode(function, &maps->q, p.q, p, p.H, part(2));
+  if (error == cudaSuccess) error = encode(function, &maps->k, p.k, p, p.H, part(2));
+  if (error == cudaSuccess)
+    error = encode(function, &maps->v, p.v, p, p.HV, part(value_columns / kHalf));
+  if (error == cudaSuccess)
+    error = encode(function, &maps->g, p.g, p, p.HV, part(bytes_of(p.g.dtype)));
+  if (error == cudaSuccess) error = encode(function, &maps->o, p.o, p, p.HV, outputs);
   return error;
 }
 

@@ -9,11 +9,10 @@
 namespace flashkda::cuda::sm90::prefill {
 
 struct Maps {
-  CUtensorMap q, k, v, g;
+  CUtensorMap q, k, v, g, o;
 };
 
 bool maps_fit(const Problem& p);
-bool stores_fit(const Problem& p);
 // value_columns: of a block.
 cudaError_t make_maps(const Problem& p, int value_columns, Maps* maps);
 

@@ -10,6 +10,7 @@
 #include "../../common/triangle.cuh"
 #include "../../common/work.cuh"
 #include "config.h"
+#include "steep.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 
@@ -66,15 +67,17 @@ __host__ __device__ constexpr int token_place(int token) {
 
 // A square warp's own.
 struct alignas(16) Scratch {
-  float A[kPart * kTriangleStride];  // strictly lower, by columns
+  union {
+    float A[kPart * kTriangleStride];  // strictly lower, by columns
+    Near near[4];                      // before A: of the quarters, from the factor warps
+  };
   float beta[kPart], rk[kPart];
 };
 
 // How the square warps get at the products of a part's tokens with each other.
 enum Decay : int {
-  kUsual,   // from the slot's factors
-  kSteep,   // from factors about the part's own middle, which replace q, k and g
-  kSplits,  // from factors about the middles of ever smaller blocks, one after another
+  kUsual,  // from the slot's factors
+  kSteep,  // by what the factor warps write over q, k and g, and by sums of their own (steep.cuh)
 };
 
 // Where a head's sequence begins, as the copy engine counts.
@@ -86,68 +89,81 @@ struct alignas(16) Origin {
 template <class Cfg, bool kMakersOnly = Cfg::kMakersOnly>
 struct Rings {
   Slot slots[Cfg::kSlots];
-  Raw raw[kRaw];
+  Raw raw[Cfg::kHeld][2];  // by parts
+  Values<Cfg> values[Cfg::kSlots][2];
 };
 
 // Who makes chunks has no chain, and needs room for its own only.
 template <class Cfg>
 struct Rings<Cfg, true> {
   union {
-    Slot slots[Cfg::kSlots];
+    struct {
+      Slot slots[Cfg::kSlots];
+      Values<Cfg> values[Cfg::kSlots][2];
+    };
     struct {
       Slot own_slots[Cfg::kOwn];
-      Raw raw[kRaw];
+      Raw raw[Cfg::kHeld][2];
     };
   };
 };
 
-// A chain block that makes few has the raw parts of one chunk; who helps it has room for those of
-// two, and for its own slots, the last ones.
+// A chain block that makes few has the raw parts of one chunk; who helps it has no v, and room for
+// more raw parts and for its own slots, the last ones.
 template <class Cfg>
 struct HelpedRings {
   union {
     struct {
       Raw few_raw[2];
+      Values<Cfg> values[Cfg::kSlots][2];
       Slot slots[Cfg::kSlots];
     };
-    Raw raw[kRaw];
+    Raw raw[Cfg::kHeld][2];
   };
-  static_assert(kRaw * sizeof(Raw) <= 2 * sizeof(Raw) + (Cfg::kSlots - Cfg::kOwn) * sizeof(Slot));
+  static_assert(sizeof(raw) <=
+                sizeof(few_raw) + sizeof(values) + (Cfg::kSlots - Cfg::kOwn) * sizeof(Slot));
 };
 
 template <class Cfg>
 struct Shared : std::conditional_t<Cfg::kHelped, HelpedRings<Cfg>, Rings<Cfg>> {
-  Values<Cfg> values[Cfg::kSlots][2];
   Scratch scratch[kSquareWarps];
-  __nv_bfloat16 o[4 * Cfg::kChainGroups][2][kPart * kPart];  // a chain warp's, on its way out
-  alignas(16) int decay[kRaw / 2][2][4];                     // a Decay for each quarter of a part
-  // The square warp empties it for the factor warps too: it waits for their factors first.
-  uint64_t raw_full[kRaw], raw_empty[kRaw];
-  uint64_t norms[kRaw];       // the square warp has read the part's q and k
-  uint64_t meeting[kRaw][4];  // of the square warp with a factor warp (splits.cuh)
-  uint64_t factors_full[kRaw / 2];
-  uint64_t full[Cfg::kSlots];
-  uint64_t empty[Cfg::kOwn];  // all the slot's readers have read it
-  uint64_t values_full[Cfg::kSlots], values_empty[Cfg::kSlots];
+  alignas(256)
+      __nv_bfloat16 o[4 * Cfg::kChainGroups][2][kPart * kPart];  // a chain warp's, on its way out
+  alignas(16) int decay[Cfg::kUses][2][4];  // a Decay for each quarter of a part
+  // By parts. The square warp empties it for the factor warps too: it waits for their factors
+  // first.
+  uint64_t raw_full[Cfg::kUses][2], raw_empty[Cfg::kUses][2];
+  uint64_t norms[Cfg::kUses][2];  // the square warp has read the part's q and k
+  uint64_t factors_full[Cfg::kUses];
+  uint64_t full[Cfg::kSlots];  // the chunk is there, and its v
+  uint64_t empty[Cfg::kOwn];   // all the slot's readers have read it
+  uint64_t values_empty[Cfg::kSlots];
   Work work;  // kept here, because registers are scarce
   Origin origins[Cfg::kHeads];
   int sequence;  // what sequence_of_rank found
 };
 
-// A place in a ring of N and the parity of its current use.
-template <int N>
+// A place in a ring and the parity of its current use.
 struct Cursor {
-  int at;
+  int size;
+  int at = 0;
   uint32_t parity = 0;
 
-  __device__ __forceinline__ explicit Cursor(int first) : at(first) {}
+  __device__ __forceinline__ explicit Cursor(int size) : size(size) {}
 
   __device__ __forceinline__ void advance(int by) {
     at += by;
-    if (at >= N) {
-      at -= N;
+    if (at >= size) {
+      at -= size;
       parity ^= 1;
     }
+  }
+
+  __device__ __forceinline__ Cursor before() const {
+    Cursor x = *this;
+    x.at = at == 0 ? size - 1 : at - 1;
+    x.parity ^= at == 0;
+    return x;
   }
 };
 

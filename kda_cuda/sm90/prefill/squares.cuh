@@ -11,7 +11,6 @@
 #include "../ptx.cuh"
 #include "loader.cuh"
 #include "shared.cuh"
-#include "splits.cuh"
 #include "tile.cuh"
 #include "turn.cuh"
 
@@ -41,34 +40,47 @@ class SquareWarp {
 
   __device__ void run() {
     Turn<Cfg> turn(rank_, warp_ / 2);
-    if (warp_ < kAhead) load_raw(turn, warp_, 0);
-    uint32_t raw_parity = 0;
+    Cursor use(uses<Cfg>(rank_));
+    use.advance(warp_ / 2);
+    const bool chains = has_chain<Cfg>(rank_), alone = makes_few<Cfg>(rank_);
+    {
+      // Of the first chunks, whose slots nobody has used.
+      Turn<Cfg> first = turn;
+      Cursor first_use = use;
+      for (int i = warp_ / 2; i < max(held<Cfg>(rank_) - 1, 1); i += 2) {
+        load_raw(first, first_use, unused(first_use));
+        first.advance(2);
+        first_use.advance(2);
+      }
+    }
     uint32_t next_beta = load_beta(turn);
 #pragma unroll 1
     while (true) {
-      const bool chains = has_chain<Cfg>(rank_);
       const int first = turn.chunk() * kChunk;
-      if ((chains && !makes_few<Cfg>(rank_) ? (turn.ring + turn.first_values()) * kChunk : first) >=
-          tokens_)
-        break;
+      if ((chains && !alone ? (turn.ring + turn.first_values()) * kChunk : first) >= tokens_) break;
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
-      Turn<Cfg> next = turn;
-      const bool alone = makes_few<Cfg>(rank_);
-      next.advance(1);
-      if (!alone) load_raw(next, warp_ ^ kAhead, raw_parity ^ (warp_ >= kAhead));
+      const auto load_later = [&](int chunks) {
+        Turn<Cfg> later = turn;
+        Cursor later_use = use;
+        later.advance(chunks);
+        later_use.advance(chunks);
+        load_raw(later, later_use, alone ? use : use.before());
+      };
+      if (!alone) load_later(held<Cfg>(rank_) - 1);
       if (chains && !alone) {
         loader_.load_values(turn.ring, turn.first_values(), turn.values(), part_, turn.parity,
                             tokens_);
       }
       const uint32_t beta = next_beta;
-      if (!alone) next.advance(1);
+      Turn<Cfg> next = turn;
+      next.advance(alone ? 1 : 2);
       next_beta = load_beta(next);
       const auto emptied = [&] {
-        if (alone) load_raw(next, warp_, raw_parity ^ 1);
+        if (alone) load_later(1);
       };
-      if (first < tokens_) make(tokens_ - first - part_ * kPart, raw_parity, turn, beta, emptied);
-      raw_parity ^= 1;
+      if (first < tokens_) make(tokens_ - first - part_ * kPart, use, turn, beta, emptied);
+      use.advance(alone ? 1 : 2);
       turn = next;
     }
   }
@@ -79,12 +91,27 @@ class SquareWarp {
   }
 
   // Warps 0 and 1 take the parts of a chunk and warps 2 and 3 those of the block's next.
-  static_assert(kSquareWarps == 4 && kRaw == 4 && kAhead == 2);  // in parts
+  static_assert(kSquareWarps == 4);
 
-  // Begins to load the part of the turn's chunk, if there is one.
-  __device__ __forceinline__ void load_raw(const Turn<Cfg>& turn, int slot, uint32_t parity) const {
+  // Begins to load the part of the turn's chunk, if there is one. before: the use of the chunk
+  // whose place it takes.
+  __device__ __forceinline__ void load_raw(const Turn<Cfg>& turn, const Cursor& use,
+                                           const Cursor& before) const {
     const int first = turn.chunk() * kChunk;
-    if (first < tokens_) loader_.load_raw(first + part_ * kPart, turn.head(), slot, parity);
+    if (first < tokens_) {
+      loader_.load_raw(first + part_ * kPart, turn.head(), part_, raw_of(use), use, before);
+    }
+  }
+
+  __device__ __forceinline__ Raw& raw_of(const Cursor& use) const {
+    return s_.raw[use.at % held<Cfg>(rank_)][part_];
+  }
+
+  // A use before the first, for which nobody waits.
+  static __device__ __forceinline__ Cursor unused(const Cursor& use) {
+    Cursor x = use;
+    x.parity = 1;
+    return x;
   }
 
   __device__ __forceinline__ int row(int i) const { return lane_ / 4 + (i / 2) * 8; }
@@ -173,7 +200,10 @@ class SquareWarp {
   __device__ __forceinline__ void unusual_products(Square& A, Square& M, Square& cross,
                                                    const Slot& slot, const Raw& raw,
                                                    const int4& decays) const {
-    const LanePosition rows = by_row(lane_), columns = by_column(lane_);
+    const LanePosition rows = by_row(lane_), columns = by_column(lane_), pieces = by_piece(lane_);
+    // Of tokens split at the part's middle, and at the middles of its halves: of k, and of q below.
+    float far[4] = {}, low[4] = {}, high[4] = {};
+    const int lower = rows.row & 7;
 #pragma unroll 1
     for (int quarter = 0; quarter < 4; ++quarter) {
       const int half = quarter / 2, piece = quarter % 2 * 4;
@@ -181,67 +211,90 @@ class SquareWarp {
                         : quarter == 1 ? decays.y
                         : quarter == 2 ? decays.z
                                        : decays.w;
-      if (decay == kSplits) add_splits(A, M, raw, quarter);
       const uint32_t left = at(slot.left[half]) + part_ * kLateRows, right = at(slot.right[half]);
-      const bool usual = decay == kUsual;
-      const SteepRight other = steep_right(p_.g.dtype, quarter);
       const uint32_t late_place = block(late_rows(slot) + half * kLeftHalf, piece, rows);
       const uint32_t early_place = block(right, piece, columns);
-      const uint32_t k_place = block(usual ? left : at(raw.k[half]), piece, rows);
-      const uint32_t q_place = block(usual ? left + kQueries : at(raw.q[half]), piece, rows);
-      const uint32_t right_place =
-          block(usual ? right + part_ * kLateRows : at(raw.g) + other.offset,
-                usual ? piece : other.piece, columns);
-#pragma unroll 1
+#pragma unroll
       for (int i = 0; i < kQuarter / 16; ++i) {
-        uint32_t a[4], b[4], k[4], q[4], k_right[4];
+        uint32_t a[4], b[4];
         ptx::ldmatrix_at(a, next(late_place, i));
         ptx::ldmatrix_at(b, next(early_place, i));
         multiply(cross, a, b);
-        if (decay == kSplits) continue;
-        ptx::ldmatrix_at(k, next(k_place, i));
-        ptx::ldmatrix_at(q, next(q_place, i));
-        ptx::ldmatrix_at(k_right, next(right_place, i));
-        multiply(A, k, k_right);
-        multiply(M, q, k_right);
+      }
+      if (decay == kUsual) {
+        const uint32_t k_place = block(left, piece, rows);
+        const uint32_t right_place = block(right + part_ * kLateRows, piece, columns);
+#pragma unroll
+        for (int i = 0; i < kQuarter / 16; ++i) {
+          uint32_t k[4], q[4], k_right[4];
+          ptx::ldmatrix_at(k, next(k_place, i));
+          ptx::ldmatrix_at(q, next(k_place + kQueries, i));
+          ptx::ldmatrix_at(k_right, next(right_place, i));
+          multiply(A, k, k_right);
+          multiply(M, q, k_right);
+        }
+      } else {
+        const SteepK halves = steep_k(p_.g.dtype, quarter);
+        const uint32_t k = at(raw.k[half]), q = at(raw.q[half]), k4 = at(raw.g) + halves.offset;
+        const bool below = rows.row >= 8;
+        constexpr int kEight = 8 * kRowBytes;
+        uint32_t far_right[4], low_right[4], high_right[4];
+        ptx::ldmatrix_at(far_right, block(k, piece, pieces));
+        ptx::ldmatrix_at(low_right, block(k4, halves.piece, pieces));
+        ptx::ldmatrix_at(high_right, block(k4 + kEight, halves.piece, pieces));
+        const uint32_t far_place = block((below ? q : k) + kEight, piece, {lower, rows.piece});
+        const uint32_t low_place =
+            block(below ? q : k4, below ? piece : halves.piece, {lower, rows.piece});
+        const uint32_t high_place = below ? block(q, piece, {lower ^ 4, rows.piece})
+                                          : block(k4 + kEight, halves.piece, {lower, rows.piece});
+#pragma unroll
+        for (int i = 0; i < kQuarter / 16; ++i) {
+          uint32_t a[4];
+          ptx::ldmatrix_at(a, next(far_place, i));
+          mma<Elem>(far, a, far_right[2 * i], far_right[2 * i + 1]);
+          ptx::ldmatrix_at(a, next(low_place, i));
+          mma<Elem>(low, a, low_right[2 * i], low_right[2 * i + 1]);
+          ptx::ldmatrix_at(a, next(high_place, i));
+          mma<Elem>(high, a, high_right[2 * i], high_right[2 * i + 1]);
+        }
       }
     }
-  }
-
-  // A quarter's products by levels of splits.
-  __device__ __forceinline__ void add_splits(Square& A, Square& M, const Raw& raw,
-                                             int quarter) const {
-    const int piece = quarter % 2 * 4, half = quarter / 2;
-    const uint32_t k_place = block(at(raw.k[half]), piece, by_row(lane_));
-    const uint32_t q_place = block(at(raw.q[half]), piece, by_row(lane_));
-    const uint32_t right_place = block(at(raw.k[half]), piece, by_column(lane_));
-    const uint32_t meeting = at(&s_.meeting[warp_][quarter]);
-#pragma unroll 1
-    for (int level = kPart / 2; level > 0; level /= 2) {
-      meet(meeting, 0);
-      Square level_A = {}, level_M = {};
-#pragma unroll 1
-      for (int i = 0; i < kQuarter / 16; ++i) {
-        uint32_t k[4], q[4], k_right[4];
-        ptx::ldmatrix_at(k, next(k_place, i));
-        ptx::ldmatrix_at(q, next(q_place, i));
-        ptx::ldmatrix_at(k_right, next(right_place, i));
-        multiply(level_A, k, k_right);
-        multiply(level_M, q, k_right);
+    // Rows 8-15 with columns 0-7.
+    A[0][2] += far[0];
+    A[0][3] += far[1];
+    M[0][2] += far[2];
+    M[0][3] += far[3];
+    // Rows 4-7 with columns 0-3 of either half; what other lanes have of these is nothing's.
+    if (lane_ >= 16 && lane_ % 4 < 2) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        A[0][i] += low[i];
+        M[0][i] += low[2 + i];
+        A[1][2 + i] += high[i];
+        M[1][2 + i] += high[2 + i];
       }
+    }
+    // And the tokens of a span with each other.
+    const int t = lane_ / 4 % 4;
+    if (lane_ / 16 == lane_ % 4 / 2) {
+#pragma unroll 1
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        const int decay = reinterpret_cast<const int*>(&decays)[quarter];
+        if (decay == kUsual) continue;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
+        for (int h = 0; h < 2; ++h) {
+          const float* near = s_.scratch[warp_].near[quarter][lane_ / 16 + 2 * h];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int t = row(i), j = column(h, i);
-          if (t / (2 * level) == j / (2 * level) && (t & level) && !(j & level)) {
-            A[h][i] += level_A[h][i];
-            M[h][i] += level_M[h][i];
+          for (int i = 0; i < 2; ++i) {
+            const int j = lane_ % 2 * 2 + i;
+            if (j >= t) continue;
+            A[h][2 * h + i] += near[near_pair(t, j)];
+            M[h][2 * h + i] += near[kNearPairs + near_pair(t, j)];
           }
         }
       }
-      meet(meeting, 1);
     }
+    __syncwarp();  // A takes their place
   }
 
   // The other blocks that read the turn's chunk, if the block sends any.
@@ -284,7 +337,9 @@ class SquareWarp {
 
   // Tells the chunk's readers, other blocks by the bytes that they get.
   __device__ __forceinline__ void hand_over(const Turn<Cfg>& turn) const {
-    if (has_chain<Cfg>(rank_)) ptx::mbarrier_arrive_at(at(&s_.full[turn.slot()]));
+    // Where there is no chain, the square warps read the slot last of the block's.
+    ptx::mbarrier_arrive_at(has_chain<Cfg>(rank_) ? at(&s_.full[turn.slot()])
+                                                  : at(&s_.empty[turn.stage]));
     if (!sends_chunks<Cfg>(rank_)) return;
     ptx::fence_async_proxy();
     __syncwarp();
@@ -298,14 +353,14 @@ class SquareWarp {
   // rows: the part's tokens inside the sequence, if not more than it has; none may be. `emptied` is
   // done when the raw slot is given back.
   template <class Emptied>
-  __device__ __forceinline__ void make(int rows, uint32_t raw_parity, const Turn<Cfg>& turn,
+  __device__ __forceinline__ void make(int rows, const Cursor& use, const Turn<Cfg>& turn,
                                        uint32_t beta_bits, const Emptied& emptied) const {
-    const Raw& raw = s_.raw[warp_];
+    const Raw& raw = raw_of(use);
     Slot& slot = s_.slots[turn.place()];
     Squares& to = slot.squares[part_];
     Scratch& scratch = s_.scratch[warp_];
 
-    ptx::mbarrier_wait_at(at(&s_.raw_full[warp_]), raw_parity);
+    ptx::mbarrier_wait_at(at(&s_.raw_full[use.at][part_]), use.parity);
     // Of eight tokens each: q and, below it, k times k; and times q.
     float by_k[2][4] = {}, by_q[2][4] = {};
     {
@@ -327,11 +382,13 @@ class SquareWarp {
         }
       }
     }
-    ptx::mbarrier_arrive_at(at(&s_.norms[warp_]));
-    ptx::mbarrier_wait_at(at(&s_.factors_full[warp_ / 2]), raw_parity);
-    const int4 decays = *reinterpret_cast<const int4*>(s_.decay[warp_ / 2][part_]);
+    ptx::mbarrier_arrive_at(at(&s_.norms[use.at][part_]));
+    // Factor warps wait only where they are steep; synccheck wants every phase waited for.
+    ptx::mbarrier_wait_at(at(&s_.norms[use.at][part_]), use.parity);
+    ptx::mbarrier_wait_at(at(&s_.factors_full[use.at]), use.parity);
+    const int4 decays = *reinterpret_cast<const int4*>(s_.decay[use.at][part_]);
     const bool usual = (decays.x | decays.y | decays.z | decays.w) == kUsual;
-    if (usual) ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
+    if (usual) ptx::mbarrier_arrive_at(at(&s_.raw_empty[use.at][part_]));
     send_factors(turn);
     if (usual) emptied();
     // The lanes that have the diagonals' elements lane / 4.
@@ -366,7 +423,7 @@ class SquareWarp {
       }
     } else {
       unusual_products(A, M, cross, slot, raw, decays);
-      ptx::mbarrier_arrive_at(at(&s_.raw_empty[warp_]));
+      ptx::mbarrier_arrive_at(at(&s_.raw_empty[use.at][part_]));
       emptied();
     }
 

@@ -29,10 +29,27 @@ __device__ __forceinline__ bool sends_chunks(int rank) {
   return Cfg::kCluster > 1 && (Cfg::kHeads == 1 || !has_chain<Cfg>(rank));
 }
 
-// Whether its square warps 2 and 3 make none, so that its raw ring is of one chunk's parts.
+// Whether two of its square warps make none, so that it holds the raw parts of one chunk.
 template <class Cfg>
 __device__ __forceinline__ bool makes_few(int rank) {
   return Cfg::kHelped && has_chain<Cfg>(rank);
+}
+
+// How many chunks' raw parts a block holds, and for how many it uses barriers.
+template <class Cfg>
+__device__ __forceinline__ int held(int rank) {
+  return makes_few<Cfg>(rank) ? 1 : Cfg::kHeld;
+}
+template <class Cfg>
+__device__ __forceinline__ int uses(int rank) {
+  return makes_few<Cfg>(rank) ? 1 : Cfg::kUses;
+}
+
+// Warpgroups that take its parts by turns.
+template <class Cfg>
+__device__ __forceinline__ int factor_groups(int rank) {
+  static_assert(!Cfg::kEager || Cfg::kFactorGroups == 2 && Cfg::kOwn == 3);
+  return Cfg::kEager && !has_chain<Cfg>(rank) ? 3 : Cfg::kFactorGroups;
 }
 
 // Slots whose chunks a block makes.
