@@ -9,6 +9,11 @@ __device__ __forceinline__ uint32_t smem_address(const void* ptr) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
 }
 
+// A generic pointer into shared memory, of which the compiler knows that it is one.
+__device__ __forceinline__ void* shared_pointer(uint32_t address) {
+  return __cvta_shared_to_generic(address);
+}
+
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals)
                : "memory");
@@ -23,22 +28,31 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
       : "memory");
 }
 
-// Waits until the phase with this parity has completed.
+// Waits until the phase with this parity has completed. From Hopper on an instruction waits, for a
+// while; before it a loop asks.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define FLASHKDA_ASK "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+#else
+#define FLASHKDA_ASK "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+#endif
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
-      "wait:\n"
-      "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+      "wait:\n" FLASHKDA_ASK
       "@!done bra wait;\n"
       "}\n" ::"r"(smem_address(barrier)),
       "r"(parity)
       : "memory");
+#undef FLASHKDA_ASK
 }
 
-// The same for a warp in whose work there is time to spare: asks less often, which leaves issue
-// slots to others.
+// The same for a warp in whose work there is time to spare: where a loop asks, it asks less often,
+// which leaves issue slots to others.
 __device__ __forceinline__ void mbarrier_wait_idle(uint64_t* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  mbarrier_wait(barrier, parity);
+#else
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -51,6 +65,7 @@ __device__ __forceinline__ void mbarrier_wait_idle(uint64_t* barrier, uint32_t p
       "}\n" ::"r"(smem_address(barrier)),
       "r"(parity)
       : "memory");
+#endif
 }
 
 // A named barrier of some of a block's warps.
@@ -112,7 +127,18 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 __device__ __forceinline__ int64_t opaque(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
+template <class T>
+__device__ __forceinline__ T* opaque(T* x) {
   asm volatile("" : "+l"(x));
   return x;
 }

@@ -3,11 +3,12 @@
 // next chunk's products; nothing of the chain passes through shared memory and the warps never wait
 // for each other.
 //
-//   X = V - diag(rk) k_bar S     U = T X     O = diag(rq) (q_bar S + M U)     S = diag(decay) S +
-//   k_tilde^T U
+//   S = diag(enter) S     X = V - diag(rk) k_bar S     U = T X     O = diag(rq) (q_bar S + M U)
+//   S = diag(leave) S + k_tilde^T U
 //
-// all transposed. T and U carry rk (producer.cuh), so that k_bar and k_tilde need not. The
-// diagonals of T and M multiply in fp32, unrounded: with fast decay they are most of U and O.
+// all transposed; enter is 1 but for steep gates (producer.cuh). T and U carry rk (producer.cuh),
+// so that k_bar and k_tilde need not. The diagonals of T and M multiply in fp32, unrounded: with
+// fast decay they are most of U and O.
 #pragma once
 
 #include "../../common/element.cuh"
@@ -25,9 +26,8 @@ class Chain {
   static constexpr int K = Cfg::K;
 
  public:
-  __device__ Chain(const Problem& p, const Work& w, const Ring& ring, char* smem, int warp,
-                   int lane)
-      : p_(p), w_(w), ring_(ring), smem_(smem), lane_(lane), v_(warp * 16) {}
+  __device__ Chain(const Problem& p, const Work& w, int slots, char* smem, int warp, int lane)
+      : p_(p), w_(w), slots_(slots), smem_(smem), lane_(lane), v_(warp * 16) {}
 
   __device__ void run() {
     static_assert(kCheckpointUnit == kChunk, "a checkpoint lies between two steps");
@@ -37,8 +37,8 @@ class Chain {
     columns.load(p_, S);
     RingPosition at(0);
     Elem* o = static_cast<Elem*>(p_.o.ptr) + w_.row * p_.o.stride_b +
-              (w_.begin + lane_ / 2) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + v_ +
-              lane_ % 2 * (kPiece / sizeof(Elem));
+              (w_.begin + lane_ / 4) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 + v_ +
+              lane_ % 2 * 8 + lane_ / 2 % 2 * 4;
     int left = columns.tokens;
     int stop = columns.first_stop(p_);
     // One loop with a comparison in it: a loop between two stops of its own is four instructions
@@ -47,7 +47,7 @@ class Chain {
       if (left == stop) stop = columns.keep(p_, S, left);
       if (left <= 0) break;
       step(S, at, o, left);
-      at.advance(1, ring_);
+      at.advance(1, slots_);
       o += kChunk * p_.o.stride_t;
       left -= kChunk;
     }
@@ -56,34 +56,43 @@ class Chain {
   }
 
  private:
+  // Both halves of what a lane needs of 16 `paired` numbers.
+  static __device__ __forceinline__ void load_pairs(float2 (&x)[2], const float* paired, int lane) {
+    const float4 y = *reinterpret_cast<const float4*>(paired + lane % 4 * 4);
+    x[0] = {y.x, y.y};
+    x[1] = {y.z, y.w};
+  }
+
   __device__ __forceinline__ void step(float (&S)[K / 8][4], const RingPosition& at, Elem* to,
                                        int left) const {
     Slot<Cfg>* slot = slot_at<Cfg>(smem_, at.slot);
     Barriers* barriers = barriers_at(smem_);
     // Addresses are cheaper to find again every step than to keep beside the state.
-    const int lane = ptx::opaque(lane_);
+    const int lane = ptx::opaque_lane(lane_);
     const LanePosition rows = by_row(lane);
     const LanePosition columns = by_column(lane);
     const int square = square_offset(columns.row, columns.piece);
     const int token = (lane % 4) * 2;  // and the next, of each half of the chunk
-    const char* k_bar = reinterpret_cast<const char*>(slot->k_bar);
-    const char* q_bar = reinterpret_cast<const char*>(slot->q);
-    const char* k_tilde = reinterpret_cast<const char*>(slot->k_tilde);
+    const uint32_t k_bar =
+        ptx::smem_address(slot->k_bar) + tile_offset<K>(columns.row, columns.piece);
+    const uint32_t q_bar = ptx::smem_address(slot->q) + tile_offset<K>(columns.row, columns.piece);
+    const uint32_t k_tilde =
+        ptx::smem_address(slot->k_tilde) + tile_offset<K>(rows.row, rows.piece);
     ptx::mbarrier_wait(&barriers->full[at.slot], at.parity);
 
     // Every operand is loaded one product ahead of its use.
     uint32_t bk[2][4], bq[2][4];
-    ldmatrix(bk[0], k_bar + tile_offset<K>(columns.row, columns.piece));
-    ldmatrix(bq[0], q_bar + tile_offset<K>(columns.row, columns.piece));
+    ldmatrix(bk[0], pieces_on(k_bar, 0));
+    ldmatrix(bq[0], pieces_on(q_bar, 0));
+    if (slot->reference == Reference::kMiddle) enter(S, slot, lane);
     uint32_t v[4], bT[4], bM[4];
     float2 rk[2];
     float x[2][4] = {}, o[2][4] = {};
 #pragma unroll
     for (int kk = 0; kk < K / 16; ++kk) {
       if (kk + 1 < K / 16) {
-        const int offset = tile_offset<K>(columns.row, 2 * kk + 2 + columns.piece);
-        ldmatrix(bk[(kk + 1) % 2], k_bar + offset);
-        ldmatrix(bq[(kk + 1) % 2], q_bar + offset);
+        ldmatrix(bk[(kk + 1) % 2], pieces_on(k_bar, kk + 1));
+        ldmatrix(bq[(kk + 1) % 2], pieces_on(q_bar, kk + 1));
       } else {
         ldmatrix_trans(v, reinterpret_cast<const char*>(slot->v) +
                               tile_offset<Cfg::VS>(rows.row, v_ / 8 + rows.piece));
@@ -102,10 +111,12 @@ class Chain {
     }
 
     uint32_t u[4], b[2][4];
-    float2 decay[2][2];
-    ldmatrix_trans(b[0], k_tilde + tile_offset<K>(rows.row, rows.piece));
-    decay[0][0] = *reinterpret_cast<const float2*>(slot->decay + token);
-    decay[0][1] = *reinterpret_cast<const float2*>(slot->decay + 8 + token);
+    float2 leave[2][2], T[2], M[2], rq[2];
+    ldmatrix_trans(b[0], pieces_on(k_tilde, 0));
+    load_pairs(leave[0], slot->leave, lane);
+    load_pairs(T, slot->T_diagonal, lane);
+    load_pairs(M, slot->M_diagonal, lane);
+    load_pairs(rq, slot->rq, lane);
     {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -119,84 +130,99 @@ class Chain {
       to_operand<Elem>(a, x[0], x[1]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 T = *reinterpret_cast<const float2*>(slot->T_diagonal + half * 8 + token);
-        const float2 M = *reinterpret_cast<const float2*>(slot->M_diagonal + half * 8 + token);
-        x[half][0] *= T.x;
-        x[half][1] *= T.y;
-        x[half][2] *= T.x;
-        x[half][3] *= T.y;
+        x[half][0] *= T[half].x;
+        x[half][1] *= T[half].y;
+        x[half][2] *= T[half].x;
+        x[half][3] *= T[half].y;
         mma<Elem>(x[half], a, bT[2 * half], bT[2 * half + 1]);
-        o[half][0] += M.x * x[half][0];
-        o[half][1] += M.y * x[half][1];
-        o[half][2] += M.x * x[half][2];
-        o[half][3] += M.y * x[half][3];
+        o[half][0] += M[half].x * x[half][0];
+        o[half][1] += M[half].y * x[half][1];
+        o[half][2] += M[half].x * x[half][2];
+        o[half][3] += M[half].y * x[half][3];
       }
       to_operand<Elem>(u, x[0], x[1]);
     }
+    mma<Elem>(o[0], u, bM[0], bM[1]);
+    mma<Elem>(o[1], u, bM[2], bM[3]);
 
 #pragma unroll
     for (int nn = 0; nn < K / 16; ++nn) {
       if (nn + 1 < K / 16) {
-        ldmatrix_trans(b[(nn + 1) % 2],
-                       k_tilde + tile_offset<K>(rows.row, 2 * nn + 2 + rows.piece));
-        const float* next = slot->decay + (2 * nn + 2) * 8 + token;
-        decay[(nn + 1) % 2][0] = *reinterpret_cast<const float2*>(next);
-        decay[(nn + 1) % 2][1] = *reinterpret_cast<const float2*>(next + 8);
+        ldmatrix_trans(b[(nn + 1) % 2], pieces_on(k_tilde, nn + 1));
+        load_pairs(leave[(nn + 1) % 2], slot->leave + (nn + 1) * 16, lane);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int n = 2 * nn + i;
-        const float2 d = decay[nn % 2][i];
-        S[n][0] *= d.x;
-        S[n][1] *= d.y;
-        S[n][2] *= d.x;
-        S[n][3] *= d.y;
+        scale(S[n], leave[nn % 2][i]);
         mma<Elem>(S[n], u, b[nn % 2][2 * i], b[nn % 2][2 * i + 1]);
       }
     }
-    mma<Elem>(o[0], u, bM[0], bM[1]);
-    mma<Elem>(o[1], u, bM[2], bM[3]);
-    store_output(o, slot, to, left);
-    ptx::mbarrier_arrive(&barriers->empty[at.slot]);
-  }
-
-  // O goes through the warp's own columns of v's tile, which it has read, so that it leaves in rows
-  // of 16 bytes.
-  __device__ __forceinline__ void store_output(const float (&o)[2][4], Slot<Cfg>* slot, Elem* to,
-                                               int left) const {
-    char* tile = reinterpret_cast<char*>(slot->v);
-    __syncwarp();
+    uint32_t output[2][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float2 rq = *reinterpret_cast<const float2*>(slot->rq + half * 8 + (lane_ % 4) * 2);
 #pragma unroll
       for (int values = 0; values < 2; ++values) {
-        const float* x = o[half] + 2 * values;
-        const uint32_t y = ptx::movmatrix_trans(Traits::pack(x[0] * rq.x, x[1] * rq.y));
-        *reinterpret_cast<uint32_t*>(
-            tile + tile_offset<Cfg::VS>(half * 8 + lane_ / 4, v_ / 8 + values) + (lane_ % 4) * 4) =
-            y;
+        const float* z = o[half] + 2 * values;
+        output[half][values] =
+            ptx::movmatrix_trans(Traits::pack(z[0] * rq[half].x, z[1] * rq[half].y));
       }
     }
-    __syncwarp();
-    const int row = lane_ / 2, piece = lane_ % 2;
-    const uint4 y =
-        *reinterpret_cast<const uint4*>(tile + tile_offset<Cfg::VS>(row, v_ / 8 + piece));
-    if (row >= left) return;
-    if (reinterpret_cast<uintptr_t>(to) % kPiece == 0) {
-      *reinterpret_cast<uint4*>(to) = y;
-    } else {
-      const uint32_t words[4] = {y.x, y.y, y.z, y.w};
+    // An arrival may overtake a load whose result has not come. None is on its way here: each is an
+    // operand of a product or a transposition above, or of what these take.
+    ptx::mbarrier_arrive(&barriers->empty[at.slot]);
+    store_output(output, to, left, lane);
+  }
+
+  static __device__ __forceinline__ void scale(float (&x)[4], const float2& by) {
+    x[0] *= by.x;
+    x[1] *= by.y;
+    x[2] *= by.x;
+    x[3] *= by.y;
+  }
+
+  static __device__ __forceinline__ void enter(float (&S)[K / 8][4], const Slot<Cfg>* slot,
+                                               int lane) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        reinterpret_cast<uint16_t*>(to)[j] = static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2)));
+    for (int nn = 0; nn < K / 16; ++nn) {
+      const uint2 y = *reinterpret_cast<const uint2*>(slot->enter + nn * 16 + lane % 4 * 4);
+      scale(S[2 * nn], Traits::unpack(y.x));
+      scale(S[2 * nn + 1], Traits::unpack(y.y));
+    }
+  }
+
+  // Rows of 16 columns, four of them a lane: a product leaves it two of either half of a row, and
+  // two lanes exchange.
+  __device__ __forceinline__ void store_output(const uint32_t (&x)[2][2], Elem* to, int left,
+                                               int lane) const {
+    const bool odd = lane & 1;
+    uint2 y[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? x[half][0] : x[half][1], 1);
+      y[half] = odd ? make_uint2(other, x[half][1]) : make_uint2(x[half][0], other);
+    }
+    const bool aligned = reinterpret_cast<uintptr_t>(to) % sizeof(uint2) == 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half * 8 + lane / 4 >= left) return;
+      if (aligned) {
+        *reinterpret_cast<uint2*>(to) = y[half];
+      } else {
+        const uint32_t words[2] = {y[half].x, y[half].y};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          reinterpret_cast<uint16_t*>(to)[j] =
+              static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2)));
+        }
       }
+      to += 8 * p_.o.stride_t;
     }
   }
 
   const Problem& p_;
   const Work& w_;
-  const Ring& ring_;
+  int slots_;
   char* smem_;
   int lane_;
   int v_;  // the warp's first value column within the block's

@@ -13,6 +13,9 @@ inline constexpr int kGroupWarps = 4;  // a producer
 inline constexpr int kGroupThreads = 32 * kGroupWarps;
 inline constexpr int kMaxSlots = 12;
 
+// Chunks are numbered c; a helper takes every second of them.
+inline constexpr int kHelpers = 2;
+
 // VS: the value columns that one block carries the state of; V or a slice of it.
 template <class Elem_, int K_, int VS_>
 struct PrefillConfig {
@@ -20,83 +23,84 @@ struct PrefillConfig {
   static constexpr int K = K_;
   static constexpr int VS = VS_;
   static constexpr int kChainWarps = VS / 16;  // each owns 16 value columns
-  // Three keep up with slices of 64 columns. Otherwise two: up to 12 warps may have 168 registers.
-  static constexpr int kProducers = VS == 64 ? 3 : 2;
-  // Where registers permit, two warps take the producers' triangles and what comes from q, k and
-  // beta alone; elsewhere they do it.
-  static constexpr int kHelpers = VS == 32 ? 2 : 0;
-  static constexpr int kThreads = 32 * (kChainWarps + kHelpers) + kProducers * kGroupThreads;
+  // The wider the slice, the longer a step and the fewer registers are left for producers.
+  static constexpr int kProducers = VS == 128 ? 1 : 2;
+  static constexpr int kLoaderWarp = kChainWarps + kHelpers + kProducers * kGroupWarps;
+  static constexpr int kThreads = 32 * (kLoaderWarp + 1);
   static_assert(K == 64 || K == 128, "a producer's warp owns 16 or 32 channels");
   static_assert(VS == 32 || VS == 64 || VS == 128, "see the number of registers");
 };
 
-// A is written by eight rows of lanes at once.
+// A is written by eight rows of lanes at once, and read four elements at a time.
 inline constexpr int kAStride = kChunk + 4;
 
+// Where a slot keeps element i of what the chain multiplies accumulators with: what a lane needs of
+// 16 elements, {0, 1, 8, 9} + 2 (lane % 4), side by side.
+__host__ __device__ constexpr int paired(int i) { return (i & ~14) | (i & 6) << 1 | (i & 8) >> 2; }
+
+// What the factors of a chunk are relative to, with G the running sum of its gates.
+enum class Reference : int {
+  kStart,   // k exp(G) and k exp(-G)
+  kMiddle,  // k exp(G) / enter and k enter exp(-G): for steep gates
+  kSplits,  // k exp(G) only, since a gate is too steep for one reference; A and M are made
+            // otherwise
+};
+
 // One chunk, from its raw inputs to the factors that the chain reads, which take the inputs' place.
-// Token tiles are swizzled (tile.cuh), g is not. A member that is written as one thing and read as
-// another says so as "first; then".
+// Token tiles of 16-bit elements are swizzled (tile.cuh). A member that is written as one thing and
+// read as another says so as "first; then".
 template <class Cfg>
-struct alignas(128) Slot {
+struct alignas(256) Slot {
   using Elem = typename Cfg::Elem;
   static constexpr int kTile = kChunk * Cfg::K;
-  Elem k[kTile];  // k; then k / exp(G)
-  Elem q[kTile];  // q; then q_bar = q exp(G)
+  Elem k[kTile];  // k; then k enter / exp(G)
+  Elem q[kTile];  // q; then q_bar = q exp(G) / enter
   union {
     char g[4 * kTile];  // the gate's input in its own type; then
     struct {
-      Elem k_bar[kTile];    // k exp(G)
+      Elem k_bar[kTile];    // k exp(G) / enter
       Elem k_tilde[kTile];  // k exp(G_C - G)
     };
   };
-  Elem v[kChunk * Cfg::VS];    // v; then o
+  Elem v[kChunk * Cfg::VS];
   Elem T[kChunk * kChunk];     // diag(rk) (I + A)^-1 diag(beta) but for its diagonal
   Elem M[kChunk * kChunk];     // q k^T with decay, strictly lower, before rq and rk
   float A[kChunk * kAStride];  // strictly lower, by columns
-  float decay[Cfg::K];         // exp(G_C)
+  Elem enter[Cfg::K];          // powers of two, paired; there for Reference::kMiddle, else 1
+  float leave[Cfg::K];         // exp(G_C) / enter, paired
   float beta[kChunk];
-  float T_diagonal[kChunk];  // rk beta
-  float M_diagonal[kChunk];  // q k
+  float T_diagonal[kChunk];  // rk beta, paired
+  float M_diagonal[kChunk];  // q k, paired
   float norm_k[kChunk];      // 1 / |k| and 1 / |q| where they are multiplied in first
   float norm_q[kChunk];
   float rk[kChunk];  // 1 / |k|, or 1
-  float rq[kChunk];  // scale / |q|, or scale
+  float rq[kChunk];  // scale / |q|, or scale; paired
+  Reference reference;
 };
 
 struct Barriers {
-  uint64_t raw[kMaxSlots];       // q, k, g, v have landed
-  uint64_t tokens[kMaxSlots];    // norms, diagonals and beta are there
-  uint64_t triangle[kMaxSlots];  // A, beta and rk are there
-  uint64_t full[kMaxSlots];      // the factors are there
-  uint64_t empty[kMaxSlots];     // the chain has read them
-  int sequence;                  // what sequence_of_rank found
+  uint64_t raw[kMaxSlots];      // q, k, g, v have landed
+  uint64_t tokens[kMaxSlots];   // norms, diagonals and beta are there
+  uint64_t factors[kMaxSlots];  // k_bar, q_bar, k_tilde, k / exp(G) are there
+  uint64_t full[kMaxSlots];     // T and M are there as well
+  uint64_t empty[kMaxSlots];    // the chain has read them
+  int sequence;                 // what sequence_of_rank found
 };
 
-inline constexpr size_t kSlotsOffset = (sizeof(Barriers) + 127) / 128 * 128;
+inline constexpr size_t kSlotsOffset = (sizeof(Barriers) + 255) / 256 * 256;
 
-// How the shared memory of a device is spent.
-struct Ring {
-  int slots;
-  int producers;
-  int ahead;  // how many chunks before its turn a chunk is loaded
-};
+// In a ring of no more slots than this a chunk's loads begin too late for helpers to work ahead.
+inline constexpr int kShortRing = 6;
 
 template <class Cfg>
-Ring make_ring(size_t smem_limit) {
+int count_slots(size_t smem_limit) {
   const int fit = static_cast<int>((smem_limit - kSlotsOffset) / sizeof(Slot<Cfg>));
-  Ring ring;
-  ring.slots = fit < kMaxSlots ? fit : kMaxSlots;
-  ring.producers = ring.slots - 2 < Cfg::kProducers ? ring.slots - 2 : Cfg::kProducers;
-  // When a producer begins a chunk, the chain has read all but those that the producers just made
-  // or are making, and where there is room, two more.
-  const int room = ring.slots - ring.producers - 1;
-  ring.ahead = room > 4 ? room - 2 : room;
-  return ring;
+  return fit < kMaxSlots ? fit : kMaxSlots;
 }
 
 template <class Cfg>
-size_t smem_bytes(const Ring& ring) {
-  return kSlotsOffset + ring.slots * sizeof(Slot<Cfg>);
+size_t smem_bytes(int slots) {
+  return kSlotsOffset + slots * sizeof(Slot<Cfg>);
 }
 
 }  // namespace flashkda::cuda::sm80::prefill

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../../common/ptx.cuh"
 #include "../../common/work.cuh"
 #include "config.h"
 
@@ -11,11 +12,14 @@ namespace flashkda::cuda::sm80::prefill {
 // A slot of the ring and the parity of its current use; chunk c uses slot c % slots.
 //
 // A wait on a parity is only sound if the barrier is not a whole phase further behind. For the
-// chain and the helpers, which take all chunks in turn, it never is. A producer of chunk c waits
-// for the chain to have read chunk c - slots (empty) before it waits for c's own loads (raw), so
-// that raw is not behind; and it has made chunk c - producers, whose loads began after the chain
-// had read c - producers - slots, so that neither empty is, for c as for the later chunk c + ahead
-// whose loads it begins.
+// loader and the chain, which take all chunks in turn, it never is. Producers and helpers skip
+// chunks, but wait for a chunk's loads (raw) before anything else of it. The loader's copies land
+// in order and it has made one that came after chunk c - slots, so that raw is not behind; and
+// since the loader began chunk c once the chain had read chunk c - slots, no other barrier is.
+//
+// An arrival may overtake an earlier load of the same warp whose data are still on their way. So a
+// warp only says that it has read something once an instruction has used what was read: products,
+// stores and votes come before the arrival in program order and wait for their operands.
 struct RingPosition {
   int slot;
   uint32_t parity = 0;
@@ -23,10 +27,10 @@ struct RingPosition {
   __device__ __forceinline__ explicit RingPosition(int chunk) : slot(chunk) {}
 
   // chunks is at most the ring's slots.
-  __device__ __forceinline__ void advance(int chunks, const Ring& ring) {
+  __device__ __forceinline__ void advance(int chunks, int slots) {
     slot += chunks;
-    if (slot >= ring.slots) {
-      slot -= ring.slots;
+    if (slot >= slots) {
+      slot -= slots;
       parity ^= 1;
     }
   }
