@@ -1,4 +1,6 @@
 // The prefill op on tensors, and the one place that chooses its kernel.
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdlib>
 
 #include "../sm80/prefill/prefill.h"
@@ -17,9 +19,20 @@ bool wants_portable() {
   return value != nullptr && value[0] == '1';
 }
 
+// What comes from torch's allocator may be given back once the kernel is in its stream: what
+// follows there follows the kernel.
+Tensor workspace_of(int64_t bytes, int device) {
+  return torch::stable::empty(
+      {bytes}, torch::headeronly::ScalarType::Byte, torch::headeronly::Layout::Strided,
+      torch::stable::Device(torch::headeronly::DeviceType::CUDA, device), false);
+}
+
 cudaError_t dispatch(const Problem& p, const Target& target, cudaStream_t stream) {
   if (sm90::prefill::serves(p, target) && !wants_portable()) {
-    return sm90::prefill::launch(p, target, stream);
+    const int64_t bytes = sm90::prefill::workspace_bytes(p, target);
+    if (bytes == 0) return sm90::prefill::launch(p, target, nullptr, stream);
+    const Tensor workspace = workspace_of(bytes, target.device);
+    return sm90::prefill::launch(p, target, workspace.data_ptr(), stream);
   }
   return sm80::prefill::launch(p, target, stream);
 }

@@ -40,12 +40,20 @@ __device__ __forceinline__ float load_shift(const Problem& p, const DecayParams&
 }
 
 // log2(1 + 2^y), within 3e-5 of itself also where it is small: there the series leaves out u^2 / 3,
-// elsewhere lg2 is within 2.4e-7.
+// elsewhere lg2 is within 2.4e-7. Infinite from y = 128 on.
 __device__ __forceinline__ float log2_one_plus_exp2(float y) {
   const float u = ptx::ex2(y);
   const float series = u * (kLog2E - 0.5f * kLog2E * u);
   const float log = ptx::lg2(1.f + u);
-  return y > 29.f ? y : (u < 0.0078125f ? series : log);
+  return u < 0.0078125f ? series : log;
+}
+
+// The same for every y, where `log` is that.
+__device__ __forceinline__ float correct_large(float log, float y) { return y > 29.f ? y : log; }
+
+// Whether it matters: beyond this slope, softplus of 128 / log2 e and more decays to nothing.
+__device__ __forceinline__ bool has_large(const DecayParams& params) {
+  return params.factor > -1.2f;
 }
 
 template <Gate kGate>
@@ -55,7 +63,7 @@ __device__ __forceinline__ float decay_of(float x, const DecayParams& params, fl
     // 2^(1 / (factor (1 + 2^y)))
     return ptx::ex2(ptx::rcp(ptx::ex2(y) * params.factor + params.factor));
   } else if constexpr (kGate == Gate::kSoftplus) {
-    return ptx::ex2(params.factor * log2_one_plus_exp2(y));
+    return ptx::ex2(params.factor * correct_large(log2_one_plus_exp2(y), y));
   } else {
     return ptx::ex2(y);
   }

@@ -80,6 +80,54 @@ __device__ __forceinline__ void copy_in_cluster(uint32_t to, uint32_t from, uint
       : "memory");
 }
 
+// From this block's shared memory to global memory, by a thread that will wait for it.
+__device__ __forceinline__ void copy_to_global(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(to),
+      "r"(from), "r"(bytes)
+      : "memory");
+}
+
+// Until all that this thread has sent or copied to global memory is there.
+__device__ __forceinline__ void wait_for_copied() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Back from there. The barrier counts the bytes.
+__device__ __forceinline__ void copy_from_global(uint32_t to, const void* from, uint32_t bytes,
+                                                 uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Flags in global memory, between blocks that are apart.
+__device__ __forceinline__ void add_release(unsigned* flag, unsigned value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(unsigned* flag, unsigned value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint2 load_relaxed(const uint2* flags) {
+  uint2 values;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(values.x), "=r"(values.y)
+               : "l"(flags)
+               : "memory");
+  return values;
+}
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release;\n"
@@ -148,6 +196,11 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 // What this thread stored to shared memory is seen by the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// What this thread has seen another write, by a flag, the copy engine may read and write after it.
+__device__ __forceinline__ void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // From here on, a grid may start that was launched to run beside this one.

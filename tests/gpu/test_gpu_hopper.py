@@ -151,6 +151,66 @@ def test_the_number_of_chains_changes_no_bit(flashkda, company, heads):
         assert torch.equal(state[n], state_alone[0]), f"state of sequence {n}"
 
 
+# As many heads as blocks on any SMs share, by memory of their own, on a GPU of 132 SMs.
+APART = 32
+
+
+def test_blocks_that_are_apart_take_no_bit_along(flashkda):
+    """The same bits on fresh and on used memory, in a graph too, as with few heads at a time."""
+    first, second = (
+        make_problem("bounded, slow", (1300,), APART, DEVICE, seed=seed).arguments
+        for seed in (4, 5)
+    )
+    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+    call = {name: x.clone() if name in names else x for name, x in first.items()}
+    flashkda.chunk_kda(**call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, state = flashkda.chunk_kda(**call)
+    for inputs in (first, second, first):
+        for name in names:
+            call[name].copy_(inputs[name])
+        o.fill_(torch.nan)
+        state.fill_(torch.nan)
+        graph.replay()
+        memory = torch.full((256 << 20,), 255, dtype=torch.uint8, device=DEVICE)
+        del memory
+        o_eager, state_eager = flashkda.chunk_kda(**call)
+        assert torch.equal(o, o_eager) and torch.equal(state, state_eager)
+        for half in (slice(0, APART // 2), slice(APART // 2, APART)):
+            of_heads = {"A_log": 0, "initial_state": 1}
+            part = dict(call)
+            for name in set(names) - {"dt_bias"}:
+                heads = (slice(None),) * of_heads.get(name, 2) + (half,)
+                part[name] = call[name][heads].contiguous()
+            part["dt_bias"] = call["dt_bias"].view(APART, -1)[half].flatten()
+            o_half, state_half = flashkda.chunk_kda(**part)
+            assert torch.equal(o[:, :, half], o_half)
+            assert torch.equal(state[:, half], state_half)
+
+
+def test_blocks_that_are_apart_on_several_streams(flashkda):
+    """No block waits for one that cannot start: calls that want all SMs, at the same time."""
+    calls = [
+        make_problem("bounded, slow", (1300 + 64 * n,), APART, DEVICE, seed=n).arguments
+        for n in range(4)
+    ]
+    expected = [flashkda.chunk_kda(**call) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    same = torch.ones((), dtype=torch.bool, device=DEVICE)
+    for _ in range(50):
+        results = []
+        for stream, call in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(flashkda.chunk_kda(**call))
+        torch.cuda.synchronize()
+        for (o, state), (o_ref, state_ref) in zip(results, expected, strict=True):
+            same &= (o == o_ref).all() & (state == state_ref).all()
+    assert bool(same)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "out"])
 def test_strides_past_two_to_the_31(flashkda, name):
     T, H, D, stride = 300, 3, 128, 1 << 23

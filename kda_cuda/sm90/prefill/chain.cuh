@@ -212,14 +212,14 @@ class Chain {
     return reinterpret_cast<const float4*>(x)[lane_ % 4];
   }
 
-  // Tells the block that makes the slot's chunks. last: what was read of the slot last, and is not
+  // Tells who fills the slot. last: what was read of the slot last, and is not
   // used before this. Decays have no sign, so that it only delays the address.
   __device__ __forceinline__ void release(int slot, const Decays& last) const {
     uint32_t bits = 0;
 #pragma unroll
     for (int n = 0; n < kTiles / 2; ++n) bits |= __float_as_uint(last[n].x);
     const Maker maker = maker_of<Cfg>(slot, rank_);
-    const uint32_t empty = at_of(&s_.empty[maker.stage]) + (bits >> 31);
+    const uint32_t empty = at_of(&s_.empty[Cfg::kApart ? slot : maker.stage]) + (bits >> 31);
     if constexpr (Cfg::kCluster > 1) {
       ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, maker.rank));
     } else {
@@ -549,7 +549,7 @@ class Chain {
   const Maps& maps_;
   const Work& w_;
   Shared<Cfg>& s_;
-  int rank_;  // of the block in its cluster
+  int rank_;  // of the block in its team
   int lane_;
   int warp_;  // of all chain warps: 16 value columns each
 };

@@ -10,15 +10,19 @@ inline constexpr int kGroupThreads = 128;
 inline constexpr int kSquareWarps = 4;
 
 // VS: the value columns that one block carries the state of, 64 of them a chain warpgroup.
-// kChainBlocks_ of these are a cluster, with kMakerBlocks_ that carry none and make chunks for them
-// (turn.cuh says which).
-template <int VS_, int kChainBlocks_, int kMakerBlocks_>
+// kChainBlocks_ of these are a team, with kMakerBlocks_ that carry none and make chunks for them
+// (turn.cuh says which). A team is a cluster, whose blocks write to each other's shared memory; or
+// its blocks are apart, on any SMs, and hand chunks over through global memory (Stock in
+// shared.cuh).
+template <int VS_, int kChainBlocks_, int kMakerBlocks_, bool kApart_ = false>
 struct Config {
   static constexpr int VS = VS_;
   static constexpr int kChainBlocks = kChainBlocks_;
   static constexpr int kMakerBlocks = kMakerBlocks_;
-  static constexpr int kCluster = kChainBlocks + kMakerBlocks;
-  static constexpr int kHeads = kChainBlocks * VS / kChannels;  // of a cluster
+  static constexpr bool kApart = kApart_;
+  static constexpr int kTeam = kChainBlocks + kMakerBlocks;
+  static constexpr int kCluster = kApart ? 1 : kTeam;
+  static constexpr int kHeads = kChainBlocks * VS / kChannels;  // of a team
   static constexpr int kChainGroups = VS / 64;
   static constexpr int kFactorGroups = 3 - kChainGroups;             // two take a part each
   static constexpr bool kMakersOnly = kMakerBlocks == 2;             // chain blocks make none
@@ -44,11 +48,14 @@ struct Config {
   static constexpr int kUses = kEager ? 6 : 2;  // and for which it has barriers
   // Blocks that read a chunk.
   static constexpr int kReaders = kHeads == 1 ? kChainBlocks : 1;
+  // Slots that are given back to a warp of this block: its own, or, apart, all of a reader's.
+  static constexpr int kEmptied = kApart ? kSlots : kOwn;
 };
 
-using Whole = Config<128, 1, 0>;   // a head a block
-using Halves = Config<64, 2, 0>;   // a head on two blocks, each of which makes every other chunk
-using Fed = Config<64, 2, 2>;      // the same with two blocks that make all chunks
+using Whole = Config<128, 1, 0>;  // a head a block
+using Halves = Config<64, 2, 0>;  // a head on two blocks, each of which makes every other chunk
+using Fed = Config<64, 2, 2>;     // the same with two blocks that make all chunks
+using Apart = Config<64, 2, 2, true>;  // as Fed, the four on any SMs
 using Helped = Config<64, 2, 1>;   // two blocks of a head, with one that makes three chunks in five
 using Threes = Config<128, 3, 1>;  // three heads, for each of which the fourth block makes one
                                    // chunk in four

@@ -132,6 +132,16 @@ class FactorWarp {
     }
   };
 
+  // Of the lane's tokens and channels.
+  template <class Do>
+  static __device__ __forceinline__ void for_all(const Do& something) {
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) something(i, c);
+    }
+  }
+
   // Four elements from one place of a tile.
   static __device__ __forceinline__ void unpack(float (&x)[kOwn], uint2 bits) {
     const float2 low = Bf16::unpack(bits.x), high = Bf16::unpack(bits.y);
@@ -166,10 +176,18 @@ class FactorWarp {
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) unpack(e[i], *reinterpret_cast<const uint2*>(g + place(i)));
     }
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-#pragma unroll
-      for (int c = 0; c < kOwn; ++c) e[i][c] = decay_of<kGate>(e[i][c], params_, shift_[c]);
+    if constexpr (kGate == Gate::kSoftplus) {
+      Decays y;
+      for_all([&](int i, int c) {
+        y[i][c] = params_.slope * e[i][c] + shift_[c];
+        e[i][c] = log2_one_plus_exp2(y[i][c]);
+      });
+      if (has_large(params_)) {
+        for_all([&](int i, int c) { e[i][c] = correct_large(e[i][c], y[i][c]); });
+      }
+      for_all([&](int i, int c) { e[i][c] = ptx::ex2(params_.factor * e[i][c]); });
+    } else {
+      for_all([&](int i, int c) { e[i][c] = decay_of<kGate>(e[i][c], params_, shift_[c]); });
     }
     if (left < kPart) {
       beyond(left, [&](int i) {
@@ -402,7 +420,7 @@ class FactorWarp {
 
   const Problem& p_;
   Shared<Cfg>& s_;
-  int rank_;  // of the block in its cluster
+  int rank_;  // of the block in its team
   int group_, warp_, lane_;
   int tokens_, chunks_;
   DecayParams params_;

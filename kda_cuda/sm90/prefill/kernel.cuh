@@ -15,7 +15,7 @@ namespace flashkda::cuda::sm90::prefill {
 template <class Cfg>
 __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kThreads, 1)
     prefill_kernel(const __grid_constant__ Problem p, const __grid_constant__ Maps maps,
-                   const int first_head) {
+                   const int first_head, const Stock stock) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   // What this grid leaves over of the heads may be worked on beside it.
   if constexpr (Cfg::kHeads > 1) ptx::launch_dependents();
@@ -23,10 +23,17 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   // From a register: the block's window in shared memory would be found anew for every use.
   const int base = ptx::opaque(static_cast<int>(ptx::smem_address(smem)));
   Shared<Cfg>& s = *static_cast<Shared<Cfg>*>(__cvta_shared_to_generic(base));
-  const int rank = blockIdx.x % Cfg::kCluster;
+  int block = blockIdx.x;
+  if constexpr (Cfg::kApart) {
+    // In the order in which they start, so that no team waits for SMs that a later one holds.
+    if (threadIdx.x == 0) s.block = atomicAdd(stock.started, 1);
+    __syncthreads();
+    block = s.block;
+  }
+  const int rank = block % Cfg::kTeam, team = block / Cfg::kTeam;
   const bool chains = has_chain<Cfg>(rank);
-  const int64_t head = first_head + int64_t{blockIdx.x / Cfg::kCluster} * Cfg::kHeads +
-                       (Cfg::kHeads > 1 && chains ? rank : 0);
+  const int64_t head =
+      first_head + int64_t{team} * Cfg::kHeads + (Cfg::kHeads > 1 && chains ? rank : 0);
   const Work found =
       find_work<kChunk>(p, head, Cfg::kHeads == 1 && chains ? rank * Cfg::VS : 0, &s.sequence);
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
@@ -42,6 +49,9 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   }
   if (threadIdx.x == 0) {
     s.work = found;
+    if constexpr (Cfg::kApart) {
+      s.stock = {stock.started, stock.flags + team, stock.chunks + team * kStock};
+    }
     for (int i = 0; i < Cfg::kHeads; ++i) {
       const int hv = found.hv + i;
       s.origins[i] = {static_cast<int>(found.begin), static_cast<int>(found.row), hv / (p.HV / p.H),
@@ -56,12 +66,14 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
       }
       ptx::mbarrier_init(&s.factors_full[i], kFactorArrivals<Cfg>);
     }
-    for (int i = 0; i < Cfg::kOwn; ++i) {
-      ptx::mbarrier_init(&s.empty[i], Cfg::kReaders * kChainThreads + (chains ? 0 : 2 * 32));
+    for (int i = 0; i < Cfg::kEmptied; ++i) {
+      const int readers = !Cfg::kApart ? Cfg::kReaders : chains ? 1 : 0;
+      ptx::mbarrier_init(&s.empty[i], readers * kChainThreads + (chains ? 0 : 2 * 32));
     }
     for (int i = 0; i < Cfg::kSlots; ++i) {
-      // By parts: by a warp each, or by what another block announces; and by their v's loads.
-      ptx::mbarrier_init(&s.full[i], (maker_of<Cfg>(i, rank).rank == rank ? 2 * 32 : 2) + 2);
+      // By parts: by a warp each, or by what another block announces; or whole; and by v's loads.
+      const int parts = maker_of<Cfg>(i, rank).rank == rank ? 2 * 32 : Cfg::kApart ? 1 : 2;
+      ptx::mbarrier_init(&s.full[i], parts + 2);
       ptx::mbarrier_init(&s.values_empty[i], kChainThreads);
     }
     ptx::mbarrier_init_fence();
@@ -87,6 +99,8 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
       SquareWarp<Cfg>(p, maps, w, s, rank, square, lane).run();
     } else if (makes_few<Cfg>(rank) || square < 2) {
       Loader<Cfg>(p, maps, s).load_all_values(square % 2, static_cast<int>(w.tokens));
+    } else if (Cfg::kApart && square == 2) {
+      Loader<Cfg>(p, maps, s).take_chunks(rank, w.chunks, lane);
     }
   }
   // Others may still arrive at this block's barriers.

@@ -67,6 +67,36 @@ class Loader {
     }
   }
 
+  // All chunks, from where others of a team that is apart put them.
+  __device__ __forceinline__ void take_chunks(int rank, int chunks, int lane) const {
+    const Stock stock = s_.stock;
+    unsigned* const taken = rank == 0 ? &stock.flags->taken.x : &stock.flags->taken.y;
+    Cursor slot(Cfg::kSlots);
+    int put = 0;
+#pragma unroll 1
+    for (int c = 0; c < chunks; ++c) {
+      // A look shows all places: how many of the chunks from `put` on, up to a round's, are there.
+      while (put == c) {
+        const int next = put + lane % kStock;
+        const unsigned parts = ptx::load_acquire(&stock.flags->put[next % kStock]);
+        const unsigned there = __ballot_sync(~0u, parts == 2 * (next / kStock + 1));
+        put += min(__ffs(~there) - 1, kStock);
+      }
+      __syncwarp();
+      if (cute::elect_one_sync()) {
+        const uint32_t full = at(&s_.full[slot.at]);
+        ptx::mbarrier_wait_at(at(&s_.empty[slot.at]), slot.parity ^ 1);
+        // What is given back has been read: the flag need not be ordered behind it.
+        if (c >= Cfg::kSlots) ptx::store_relaxed(taken, c - Cfg::kSlots + 1);
+        ptx::fence_async_proxy_global();
+        ptx::mbarrier_expect(full, kSlotBytes);
+        ptx::copy_from_global(at(&s_.slots[slot.at]), &stock.chunks[c % kStock], kSlotBytes, full);
+      }
+      __syncwarp();
+      slot.advance(1);
+    }
+  }
+
  private:
   static __device__ __forceinline__ uint32_t at(const void* part) {
     return ptx::smem_address(part);

@@ -1,7 +1,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <iterator>
 #include <limits>
+#include <utility>
 
 #include "../../common/smem.h"
 #include "kernel.cuh"
@@ -14,7 +16,8 @@ namespace {
 // Heads are counted through all sequences. beside: may run while the grid before it does.
 template <class Cfg>
 cudaError_t launch_heads(const Problem& p, const Target& target, cudaStream_t stream,
-                         int64_t first_head, int64_t heads, bool beside = false) {
+                         int64_t first_head, int64_t heads, bool beside = false,
+                         const Stock& stock = {}) {
   constexpr int kBytes = sizeof(Shared<Cfg>);
   Maps maps;
   cudaError_t error = make_maps(p, Cfg::VS, &maps);
@@ -24,19 +27,20 @@ cudaError_t launch_heads(const Problem& p, const Target& target, cudaStream_t st
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(heads / Cfg::kHeads * Cfg::kCluster));
+  config.gridDim = dim3(static_cast<unsigned>(heads / Cfg::kHeads * Cfg::kTeam));
   config.blockDim = dim3(Cfg::kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = beside ? 1 : 0;
-  return cudaLaunchKernelEx(&config, prefill_kernel<Cfg>, p, maps, static_cast<int>(first_head));
+  return cudaLaunchKernelEx(&config, prefill_kernel<Cfg>, p, maps, static_cast<int>(first_head),
+                            stock);
 }
 
 // How many clusters the GPU holds at once, which depends on how its SMs are grouped; 0: none.
 template <class Cfg>
 int resident_clusters(const Target& target) {
-  if (Cfg::kCluster == 1) return target.multiprocessors;
+  if (Cfg::kCluster == 1) return target.multiprocessors / Cfg::kTeam;
   static std::atomic<int> known[kMaxDevices];  // plus one
   int clusters = known[target.device].load(std::memory_order_relaxed) - 1;
   if (clusters >= 0) return clusters;
@@ -79,6 +83,51 @@ int64_t heads_by_threes(const Problem& p, int64_t heads, const Target& target) {
   return others * Halves::kCluster <= idle ? clusters * Threes::kHeads : 0;
 }
 
+// The ways of sharing heads among blocks (config.h).
+enum class Way { kWhole, kThrees, kHalves, kHelped, kFed, kApart };
+
+// Chains are what takes the time. Where SMs would be idle, they take shares of a head's chain and
+// of the making of chunks; results do not depend on it.
+Way choose(const Problem& p, const Target& target) {
+  const int64_t heads = p.N * p.HV;
+  const int64_t never = std::numeric_limits<int64_t>::max();
+  // Teams that are apart need memory each, of which no more than a round's is asked for.
+  const bool at_once = heads <= resident_clusters<Apart>(target);
+  const std::pair<int64_t, Way> ways[] = {
+      {cost<Whole>(heads, target, 228), Way::kWhole},
+      {heads_by_threes(p, heads, target) > 0 ? 197 : never, Way::kThrees},
+      {cost<Halves>(heads, target, 140), Way::kHalves},
+      {cost<Helped>(heads, target, 116), Way::kHelped},
+      {cost<Fed>(heads, target, 90), Way::kFed},
+      {at_once ? 96 : never, Way::kApart},
+  };
+  return std::min_element(std::begin(ways), std::end(ways),
+                          [](const auto& x, const auto& y) { return x.first < y.first; })
+      ->second;
+}
+
+// What `launch` puts into its workspace: the flags first, which begin at zero.
+struct Workspace {
+  int64_t chunks, bytes;  // where they begin, and the end
+
+  explicit Workspace(int64_t teams)
+      : chunks((sizeof(StockFlags) * (teams + 1) + alignof(Slot) - 1) / alignof(Slot) *
+               alignof(Slot)),
+        bytes(chunks + teams * kStock * static_cast<int64_t>(sizeof(Slot))) {}
+};
+
+cudaError_t launch_apart(const Problem& p, const Target& target, void* workspace,
+                         cudaStream_t stream) {
+  const int64_t heads = p.N * p.HV;
+  const Workspace layout(heads);
+  char* const begin = static_cast<char*>(workspace);
+  const cudaError_t error = cudaMemsetAsync(begin, 0, layout.chunks, stream);
+  if (error != cudaSuccess) return error;
+  const Stock stock = {reinterpret_cast<unsigned*>(begin), reinterpret_cast<StockFlags*>(begin) + 1,
+                       reinterpret_cast<Slot*>(begin + layout.chunks)};
+  return launch_heads<Apart>(p, target, stream, 0, heads, false, stock);
+}
+
 }  // namespace
 
 bool serves(const Problem& p, const Target& target) {
@@ -86,27 +135,32 @@ bool serves(const Problem& p, const Target& target) {
          p.q.dtype == DType::kBF16 && p.g.dtype != DType::kF16 && maps_fit(p);
 }
 
-// Chains are what takes the time. Where SMs would be idle, they take shares of a head's chain and
-// of the making of chunks; results do not depend on it.
-cudaError_t launch(const Problem& p, const Target& target, cudaStream_t stream) {
-  if (p.N == 0 || p.HV == 0) return cudaSuccess;
+int64_t workspace_bytes(const Problem& p, const Target& target) {
+  return choose(p, target) == Way::kApart ? Workspace(p.N * p.HV).bytes : 0;
+}
+
+cudaError_t launch(const Problem& p, const Target& target, void* workspace, cudaStream_t stream) {
   const int64_t heads = p.N * p.HV;
-  const int64_t whole = cost<Whole>(heads, target, 240);
-  const int64_t halves = cost<Halves>(heads, target, 143);
-  const int64_t helped = cost<Helped>(heads, target, 117);
-  const int64_t fed = cost<Fed>(heads, target, 95);
-  const int64_t by_threes = heads_by_threes(p, heads, target);
-  const int64_t threes = by_threes > 0 ? 205 : std::numeric_limits<int64_t>::max();
-  const int64_t best = std::min({whole, halves, helped, fed, threes});
-  if (best == threes) {
-    const cudaError_t error = launch_heads<Threes>(p, target, stream, 0, by_threes);
-    if (error != cudaSuccess || by_threes == heads) return error;
-    return launch_heads<Halves>(p, target, stream, by_threes, heads - by_threes, true);
+  if (heads == 0) return cudaSuccess;
+  switch (choose(p, target)) {
+    case Way::kWhole:
+      return launch_heads<Whole>(p, target, stream, 0, heads);
+    case Way::kHalves:
+      return launch_heads<Halves>(p, target, stream, 0, heads);
+    case Way::kHelped:
+      return launch_heads<Helped>(p, target, stream, 0, heads);
+    case Way::kFed:
+      return launch_heads<Fed>(p, target, stream, 0, heads);
+    case Way::kApart:
+      return launch_apart(p, target, workspace, stream);
+    case Way::kThrees: {
+      const int64_t by_threes = heads_by_threes(p, heads, target);
+      const cudaError_t error = launch_heads<Threes>(p, target, stream, 0, by_threes);
+      if (error != cudaSuccess || by_threes == heads) return error;
+      return launch_heads<Halves>(p, target, stream, by_threes, heads - by_threes, true);
+    }
   }
-  if (best == fed) return launch_heads<Fed>(p, target, stream, 0, heads);
-  if (best == helped) return launch_heads<Helped>(p, target, stream, 0, heads);
-  if (best == halves) return launch_heads<Halves>(p, target, stream, 0, heads);
-  return launch_heads<Whole>(p, target, stream, 0, heads);
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace flashkda::cuda::sm90::prefill

@@ -10,6 +10,9 @@ namespace flashkda::cuda::sm90::prefill {
 // Whether this kernel takes the problem; the portable one takes all.
 bool serves(const Problem& p, const Target& target);
 
-cudaError_t launch(const Problem& p, const Target& target, cudaStream_t stream);
+// Bytes of global memory that `launch` needs beside the tensors, for as long as the kernel runs.
+int64_t workspace_bytes(const Problem& p, const Target& target);
+
+cudaError_t launch(const Problem& p, const Target& target, void* workspace, cudaStream_t stream);
 
 }  // namespace flashkda::cuda::sm90::prefill

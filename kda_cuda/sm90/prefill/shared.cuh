@@ -50,6 +50,8 @@ struct alignas(1024) Slot {
   Squares squares[2];
 };
 
+inline constexpr uint32_t kSlotBytes = offsetof(Slot, squares) + sizeof(Slot::squares);
+
 // A part's v, of each chain warpgroup.
 template <class Cfg>
 struct alignas(1024) Values {
@@ -78,6 +80,22 @@ struct alignas(16) Scratch {
 enum Decay : int {
   kUsual,  // from the slot's factors
   kSteep,  // by what the factor warps write over q, k and g, and by sums of their own (steep.cuh)
+};
+
+// A ring in global memory for the chunks of a head, so long that its latencies do not show: a copy
+// there, a flag, and a copy from there.
+inline constexpr int kStock = 16;
+
+struct alignas(128) StockFlags {
+  unsigned put[kStock];  // how often a square warp has put its part of a chunk into a place
+  uint2 taken;           // chunks that either reader has read
+};
+
+// What the blocks of a team that are apart share; of a call, the first team's.
+struct Stock {
+  unsigned* started;  // the call's blocks that have
+  StockFlags* flags;
+  Slot* chunks;  // kStock a team
 };
 
 // Where a head's sequence begins, as the copy engine counts.
@@ -135,12 +153,14 @@ struct Shared : std::conditional_t<Cfg::kHelped, HelpedRings<Cfg>, Rings<Cfg>> {
   uint64_t raw_full[Cfg::kUses][2], raw_empty[Cfg::kUses][2];
   uint64_t norms[Cfg::kUses][2];  // the square warp has read the part's q and k
   uint64_t factors_full[Cfg::kUses];
-  uint64_t full[Cfg::kSlots];  // the chunk is there, and its v
-  uint64_t empty[Cfg::kOwn];   // all the slot's readers have read it
+  uint64_t full[Cfg::kSlots];     // the chunk is there, and its v
+  uint64_t empty[Cfg::kEmptied];  // all the slot's readers have read it
   uint64_t values_empty[Cfg::kSlots];
   Work work;  // kept here, because registers are scarce
   Origin origins[Cfg::kHeads];
   int sequence;  // what sequence_of_rank found
+  Stock stock;   // of a team that is apart
+  int block;     // its number there
 };
 
 // A place in a ring and the parity of its current use.

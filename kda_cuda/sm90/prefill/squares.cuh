@@ -80,8 +80,12 @@ class SquareWarp {
         if (alone) load_later(1);
       };
       if (first < tokens_) make(tokens_ - first - part_ * kPart, use, turn, beta, emptied);
+      if constexpr (Cfg::kApart) put_ = turn.chunk();
       use.advance(alone ? 1 : 2);
       turn = next;
+    }
+    if constexpr (Cfg::kApart) {
+      if (cute::elect_one_sync()) publish();
     }
   }
 
@@ -318,25 +322,64 @@ class SquareWarp {
                          ptx::address_in(at(&s_.full[turn.slot()]), rank));
   }
 
+  __device__ __forceinline__ uint2 load_taken() const {
+    return ptx::load_relaxed(&s_.stock.flags->taken);
+  }
+
+  // Says, by the thread that copied it, that the part of the last chunk lies in the stock. A turn
+  // later, because a copy takes its time.
+  __device__ __forceinline__ void publish() const {
+    if (put_ < 0) return;
+    ptx::wait_for_copied();
+    ptx::add_release(&s_.stock.flags->put[put_ % kStock], 1);
+  }
+
+  // The same to the team's stock.
+  __device__ __forceinline__ void put(const Turn<Cfg>& turn, uint32_t offset,
+                                      uint32_t bytes) const {
+    ptx::copy_to_global(reinterpret_cast<char*>(&s_.stock.chunks[turn.chunk() % kStock]) + offset,
+                        at(&s_.slots[turn.place()]) + offset, bytes);
+  }
+
   // Sends the factors to other blocks while the squares are made: the early part's warp the left
   // ones, the late part's the others.
-  __device__ __forceinline__ void send_factors(const Turn<Cfg>& turn) const {
+  __device__ __forceinline__ void send_factors(const Turn<Cfg>& turn, uint2 taken) const {
     if (!sends_chunks<Cfg>(rank_)) return;
     if (cute::elect_one_sync()) {
       constexpr uint32_t kLeft = sizeof(Slot::left);
       const uint32_t offset = part_ == 0 ? 0 : kLeft;
       const uint32_t bytes = part_ == 0 ? kLeft : offsetof(Slot, squares) - kLeft;
-      for_others(turn, [&](int rank) {
-        ptx::mbarrier_expect_in_cluster(ptx::address_in(at(&s_.full[turn.slot()]), rank),
-                                        bytes + sizeof(Squares));
-        send(turn, offset, bytes, rank);
-      });
+      if constexpr (Cfg::kApart) {
+        publish();
+        // Until both readers have taken the chunk that lies there.
+        const unsigned needed = max(turn.chunk() + 1 - kStock, 0);
+        while (min(taken.x, taken.y) < needed) taken = load_taken();
+        put(turn, offset, bytes);
+      } else {
+        for_others(turn, [&](int rank) {
+          ptx::mbarrier_expect_in_cluster(ptx::address_in(at(&s_.full[turn.slot()]), rank),
+                                          bytes + sizeof(Squares));
+          send(turn, offset, bytes, rank);
+        });
+      }
     }
     __syncwarp();
   }
 
-  // Tells the chunk's readers, other blocks by the bytes that they get.
+  // Tells the chunk's readers, other blocks by the bytes that they get, or by a flag.
   __device__ __forceinline__ void hand_over(const Turn<Cfg>& turn) const {
+    constexpr uint32_t kSquares = offsetof(Slot, squares);
+    if constexpr (Cfg::kApart) {
+      ptx::fence_async_proxy();
+      __syncwarp();
+      if (cute::elect_one_sync()) {
+        put(turn, kSquares + part_ * sizeof(Squares), sizeof(Squares));
+        ptx::wait_for_sent();
+      }
+      __syncwarp();
+      ptx::mbarrier_arrive_at(at(&s_.empty[turn.stage]));
+      return;
+    }
     // Where there is no chain, the square warps read the slot last of the block's.
     ptx::mbarrier_arrive_at(has_chain<Cfg>(rank_) ? at(&s_.full[turn.slot()])
                                                   : at(&s_.empty[turn.stage]));
@@ -344,7 +387,7 @@ class SquareWarp {
     ptx::fence_async_proxy();
     __syncwarp();
     if (cute::elect_one_sync()) {
-      const uint32_t offset = offsetof(Slot, squares) + part_ * sizeof(Squares);
+      const uint32_t offset = kSquares + part_ * sizeof(Squares);
       for_others(turn, [&](int rank) { send(turn, offset, sizeof(Squares), rank); });
     }
     __syncwarp();
@@ -360,6 +403,8 @@ class SquareWarp {
     Squares& to = slot.squares[part_];
     Scratch& scratch = s_.scratch[warp_];
 
+    // Looked at now for later, when it will have come.
+    const uint2 taken = Cfg::kApart ? load_taken() : uint2{};
     ptx::mbarrier_wait_at(at(&s_.raw_full[use.at][part_]), use.parity);
     // Of eight tokens each: q and, below it, k times k; and times q.
     float by_k[2][4] = {}, by_q[2][4] = {};
@@ -389,7 +434,7 @@ class SquareWarp {
     const int4 decays = *reinterpret_cast<const int4*>(s_.decay[use.at][part_]);
     const bool usual = (decays.x | decays.y | decays.z | decays.w) == kUsual;
     if (usual) ptx::mbarrier_arrive_at(at(&s_.raw_empty[use.at][part_]));
-    send_factors(turn);
+    send_factors(turn, taken);
     if (usual) emptied();
     // The lanes that have the diagonals' elements lane / 4.
     if (lane_ % 4 == lane_ / 8) {
@@ -454,9 +499,10 @@ class SquareWarp {
   Shared<Cfg>& s_;
   Loader<Cfg> loader_;
   int warp_, lane_;
-  int rank_;  // of the block in its cluster
+  int rank_;  // of the block in its team
   int part_;  // of every chunk
   int tokens_;
+  int put_ = -1;  // the last chunk that was put into the stock
 };
 
 }  // namespace flashkda::cuda::sm90::prefill

@@ -3,7 +3,7 @@
 //
 //   Whole   the block makes all
 //   Halves  slot s: block s % 2, for both
-//   Fed     slot s: block 2 + s % 2, for both others
+//   Fed     slot s: block 2 + s % 2, for both others; Apart likewise
 //   Helped  slots 0 and 2: blocks 0 and 1, for both; the others: block 2, for both
 //   Threes  slot 1 + i of block i: block 3; the others: block i. The fourth block's work is thus
 //           spread over time.
@@ -26,7 +26,7 @@ __device__ __forceinline__ bool makes_chunks(int rank) {
 // Whether others read what a block makes.
 template <class Cfg>
 __device__ __forceinline__ bool sends_chunks(int rank) {
-  return Cfg::kCluster > 1 && (Cfg::kHeads == 1 || !has_chain<Cfg>(rank));
+  return Cfg::kTeam > 1 && (Cfg::kHeads == 1 || !has_chain<Cfg>(rank));
 }
 
 // Whether two of its square warps make none, so that it holds the raw parts of one chunk.
@@ -101,7 +101,7 @@ __device__ __forceinline__ Maker maker_of(int slot, int rank) {
 // A chunk of those that a block makes, one after another.
 template <class Cfg>
 struct Turn {
-  int rank;  // of the block in its cluster
+  int rank;  // of the block in its team
   int stage;
   uint32_t parity = 0;  // of the slot's use
   int ring = 0;         // the chunk that lies in the ring's first slot
@@ -120,7 +120,7 @@ struct Turn {
   __device__ __forceinline__ int slot() const { return slot_of<Cfg>(stage, rank); }
   __device__ __forceinline__ int place() const { return place_of<Cfg>(stage, rank); }
   __device__ __forceinline__ int chunk() const { return ring + slot(); }
-  // Of the cluster's heads.
+  // Of the team's heads.
   __device__ __forceinline__ int head() const {
     return Cfg::kHeads > 1 && !has_chain<Cfg>(rank) ? stage : 0;
   }
