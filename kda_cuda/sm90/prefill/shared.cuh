@@ -7,10 +7,10 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../../common/triangle.cuh"
 #include "../../common/work.cuh"
 #include "config.h"
 #include "steep.cuh"
+#include "triangle.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 

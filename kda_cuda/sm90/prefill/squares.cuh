@@ -7,11 +7,11 @@
 #include "../../common/convert.cuh"
 #include "../../common/decay.cuh"
 #include "../../common/element.cuh"
-#include "../../common/triangle.cuh"
 #include "../ptx.cuh"
 #include "loader.cuh"
 #include "shared.cuh"
 #include "tile.cuh"
+#include "triangle.cuh"
 #include "turn.cuh"
 
 namespace flashkda::cuda::sm90::prefill {

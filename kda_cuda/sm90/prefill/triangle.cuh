@@ -1,10 +1,10 @@
-// The 16 x 16 matrices of a chunk: what is common to the kernels that make them.
+// The inverse of a part's 16 x 16 matrix.
 #pragma once
 
-#include "element.cuh"
-#include "tile.cuh"
+#include "../../common/element.cuh"
+#include "../../common/tile.cuh"
 
-namespace flashkda::cuda {
+namespace flashkda::cuda::sm90::prefill {
 
 inline constexpr int kTriangle = 16;
 
@@ -72,4 +72,4 @@ __device__ __forceinline__ void invert_triangle(Elem* T, const float* A, const f
   store((row + 8) % 16, block, z, left);  // T21, and zeros in the block above the diagonal
 }
 
-}  // namespace flashkda::cuda
+}  // namespace flashkda::cuda::sm90::prefill
