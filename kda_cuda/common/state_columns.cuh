@@ -110,7 +110,7 @@ __device__ __noinline__ int store_checkpoints(const Problem& p, const float4* S,
       store_tiles([&](int at, float y) { store_float(to, at, dtype, y); });
     }
   };
-  CheckpointRows rows(p, columns.n, columns.tokens, unit, columns.lane);
+  CheckpointRows<int64_t> rows(p, columns.n, columns.tokens, unit, columns.lane);
   for (int64_t row; (row = rows.next()) >= 0;) store(row);
   return columns.left_at(rows.stop());
 }

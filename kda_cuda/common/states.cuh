@@ -54,22 +54,51 @@ __device__ __forceinline__ int checkpoint_unit(const Problem& p, int64_t n, int6
   return static_cast<int>(offset / kCheckpointUnit);
 }
 
-// How many states at the interval the sequences before n keep.
+// The first unit before which sequence n keeps a state, or kNoCheckpoint; and whether any of its
+// offsets is wrong.
+struct FirstCheckpoint {
+  int unit;
+  bool wrong;
+};
+__device__ __forceinline__ FirstCheckpoint first_checkpoint(const Problem& p, int64_t n,
+                                                            int64_t tokens, int lane) {
+  const Checkpoints& x = p.checkpoints;
+  if (x.states.ptr == nullptr) return {kNoCheckpoint, false};
+  if (x.interval > 0) return {tokens > 0 ? 0 : kNoCheckpoint, false};
+  int first = kNoCheckpoint;
+  bool wrong = false;
+#pragma unroll 1
+  for (int begin = 0; begin < x.C; begin += 32) {
+    const int c = begin + lane;
+    const int unit = c < x.C ? checkpoint_unit(p, n, tokens, c) : kNoCheckpoint;
+    wrong |= unit == kWrongCheckpoint;
+    first = min(first, unit == kWrongCheckpoint ? kNoCheckpoint : unit);
+  }
+  return {__reduce_min_sync(~0u, first), __any_sync(~0u, wrong) != 0};
+}
+
+// How many states at the interval the sequences before n keep. Tokens: what theirs are counted in,
+// which are fewer than 2^31. A division of 64 bits is a call, whatever that does to code nearby.
+template <class Tokens>
 __device__ __forceinline__ int64_t intervals_before(const Problem& p, int64_t n, int lane) {
   const int interval = p.checkpoints.interval;
-  if (p.cu_seqlens == nullptr) return n * ((p.T + interval - 1) / interval);
+  const auto intervals_of = [&](int64_t tokens) {
+    return (static_cast<Tokens>(tokens) + interval - 1) / interval;
+  };
+  if (p.cu_seqlens == nullptr) return n * intervals_of(p.T);
   int count = 0;  // at most T / interval + N
   for (int64_t m = lane; m < n; m += 32) {
     const auto end = [&](int64_t i) {
       return min(max(load_index(p.cu_seqlens, i, p.cu_seqlens_64), int64_t{0}), p.T);
     };
-    count += static_cast<int>((max(end(m + 1) - end(m), int64_t{0}) + interval - 1) / interval);
+    count += static_cast<int>(intervals_of(max(end(m + 1) - end(m), int64_t{0})));
   }
   return __reduce_add_sync(~0u, count);
 }
 
 // The rows of checkpoints.states that keep the state before unit `now`, one after another. For
 // kBeforeAll there are none, for kWrongCheckpoint those that a wrong offset leaves without a state.
+template <class Tokens>
 class CheckpointRows {
  public:
   __device__ __forceinline__ CheckpointRows(const Problem& p, int64_t n, int64_t tokens, int now,
@@ -86,21 +115,25 @@ class CheckpointRows {
       const int64_t next = now_ < 0 ? 0 : int64_t{now_} + step;
       if (next * kCheckpointUnit < tokens_) stop_ = static_cast<int>(next);
       if (now_ < 0) return -1;
-      const int64_t row = intervals_before(p_, n_, lane_) + now_ / step;
+      const int64_t row = intervals_before<Tokens>(p_, n_, lane_) + now_ / step;
       return row < x.states.size ? row : -1;
     }
     while (true) {
       for (; found_ != 0; found_ &= found_ - 1) {
-        const int hit = first_ - 32 + __ffs(found_) - 1;
-        const int64_t row =
-            x.indices.ptr == nullptr ? n_ * x.C + hit : load_index(x.indices, n_, hit);
+        const int hit = __ffs(found_) - 1;
+        const int64_t row = __shfl_sync(~0u, row_, hit);
         if (row < 0 || row >= x.states.size) continue;
         found_ &= found_ - 1;
         return row;
       }
       if (first_ >= x.C) return -1;
       const int c = first_ + lane_;
-      const int unit = c < x.C ? checkpoint_unit(p_, n_, tokens_, c) : kNoCheckpoint;
+      int unit = kNoCheckpoint;
+      if (c < x.C) {
+        // Loaded with the offset, lest one latency follow the other.
+        row_ = x.indices.ptr == nullptr ? n_ * x.C + c : load_index(x.indices, n_, c);
+        unit = checkpoint_unit(p_, n_, tokens_, c);
+      }
       stop_ = min(stop_, __reduce_min_sync(~0u, unit > now_ ? unit : kNoCheckpoint));
       found_ = __ballot_sync(~0u, unit == now_);
       first_ += 32;
@@ -117,6 +150,7 @@ class CheckpointRows {
   int now_, lane_;
   int first_ = 0;       // of the offsets that have not been looked at
   uint32_t found_ = 0;  // of the 32 before it, those not returned yet
+  int64_t row_ = -1;    // of the lane's offset of these
   int stop_ = kNoCheckpoint;
 };
 

@@ -44,11 +44,12 @@ class Chain {
   __device__ void run() {
     static_assert(kCheckpointUnit == kPart, "a checkpoint lies between two parts");
     float S[kTiles][4];
-    columns().load(p_, S);
+    load_state(S);
     int left = static_cast<int>(w_.tokens);
-    int stop = columns().first_stop(p_);
-    if (left == stop) stop = columns().keep(p_, S, left);
-    columns().spoil_wrong_checkpoints(p_);
+    const FirstCheckpoint first = first_checkpoint(p_, w_.n, w_.tokens, lane_);
+    if (first.wrong) columns().spoil_wrong_checkpoints(p_);
+    int stop = columns().left_at(first.unit);
+    if (left == stop || left == 0) stop = give<0>(S, nullptr, nullptr, left, stop, left == 0);
     int at = 0;
     uint32_t parity = 0;
     constexpr auto kNothing = [](const auto&...) {};
@@ -74,7 +75,7 @@ class Chain {
         if (stop != left - kPart) return;
         uint32_t rest[1][4];
         round_off(rest[0], u0, u1, u);
-        stop = give(S, rest, slot, stop, stop, false);
+        stop = give<1>(S, rest, &slot, stop, stop, false);
       };
       const auto end = [&](const float (&d)[8][4], const uint32_t (&u)[4],
                            const uint32_t (&u_late)[4], const Slot& slot) {
@@ -83,7 +84,7 @@ class Chain {
         uint32_t rest[2][4];
         round_off(rest[0], d[0], d[1], u);
         round_off(rest[1], d[2], d[3], u_late);
-        stop = give(S, rest, slot, left - kChunk, stop, left <= kChunk);
+        stop = give<2>(S, rest, &slot, left - kChunk, stop, left <= kChunk);
       };
       // Put away meanwhile, lest the loop above lack the registers that storing a state takes.
       volatile uint32_t kept_parity = parity;
@@ -91,9 +92,8 @@ class Chain {
       parity = kept_parity;
       next();
     }
-    if (w_.tokens == 0) {
-      columns().store_final(p_, S);
-    } else if (left == 0) {
+    if (w_.tokens == 0) return;
+    if (left == 0) {
       send_outputs(left);
       ptx::wait_for_sent();
     } else {
@@ -116,6 +116,33 @@ class Chain {
   // Found again where it is needed: the steps lack registers.
   __device__ __forceinline__ StateColumns<kChannels> columns() const {
     return {static_cast<int>(w_.n), static_cast<int>(w_.tokens), w_.hv, w_.v0 + warp_ * 16, lane_};
+  }
+
+  // A loop for every dtype and layout: all loads are under way before the first is waited for.
+  __device__ __forceinline__ void load_state(float (&S)[kTiles][4]) const {
+    const StateTensor& x = p_.initial_state;
+    const int64_t row = first_row(p_, w_.n);
+    const auto fill = [&](const auto& element) {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) S[t][i] = element(8 * t + i % 2, i / 2 * 8);
+      }
+    };
+    if (row < 0) return fill([&](int, int) { return first_value(row); });
+    const auto fill_from = [&](const auto* states, const auto& to_float) {
+      const auto* const from = states + row * x.stride_n + columns().place(p_, 0, 0);
+      if (p_.state_v_first) {
+        fill([&](int d, int c) { return to_float(from[c * kChannels + d]); });
+      } else {
+        fill([&](int d, int c) { return to_float(from[d * kChannels + c]); });
+      }
+    };
+    if (x.dtype == DType::kF32) {
+      fill_from(static_cast<const float*>(x.ptr), [](float y) { return y; });
+    } else {
+      fill_from(static_cast<const Elem*>(x.ptr), [](Elem y) { return __bfloat162float(y); });
+    }
   }
 
   using Decays = float4[kTiles / 2];  // of the lane's channels, in two tiles each
@@ -278,12 +305,11 @@ class Chain {
   // the rounding of their U half of its error; the chain goes on without it. S is not yet decayed
   // from the chunk's middle to its end, if it has come there.
   template <int kParts>
-  __device__ __forceinline__ int give(const float (&S)[kTiles][4],
-                                      const uint32_t (&rest)[kParts][4], const Slot& slot, int left,
-                                      int stop, bool last) const {
+  __device__ __forceinline__ int give(const float (&S)[kTiles][4], const uint32_t (*rest)[4],
+                                      const Slot* slot, int left, int stop, bool last) const {
     bool kept = stop == left;
     if (!kept && !last) return stop;
-    CheckpointRows rows(p_, w_.n, w_.tokens, columns().unit_at(left), lane_);
+    CheckpointRows<uint32_t> rows(p_, w_.n, w_.tokens, columns().unit_at(left), lane_);
     while (true) {
       const int64_t checkpoint = kept ? rows.next() : -1;
       if (checkpoint < 0 && kept) {
@@ -294,46 +320,82 @@ class Chain {
       const int64_t row = kept ? checkpoint : last_row(p_, w_.n, w_.tokens);
       last = last && kept;
       if (row < 0) return stop;
-      const StateTensor &x = p_.final_state, &y = p_.checkpoints.states;
-      void* const to = kept ? y.ptr : x.ptr;
-      const DType dtype = kept ? y.dtype : x.dtype;
-      const int stride_d = p_.state_v_first ? 1 : kChannels;
-      const int stride_c = 8 * (p_.state_v_first ? kChannels : 1);
-      auto here = columns();
-      here.lane = ptx::opaque_lane(lane_);
-      int64_t place = row * (kept ? y.stride_n : x.stride_n) + here.place(p_, 0, 0);
+      const StateTensor& to = kept ? p_.checkpoints.states : p_.final_state;
+      store_state<kParts>(S, rest, slot, to, row);
+    }
+  }
+
+  // Straight loops of few instructions: a sequence comes here once or twice, and what is not in the
+  // instruction cache takes longer to fetch than to do. Three of them: with four the assembler no
+  // longer knows, in Threes, that the warps of other roles walk together, and their code is slower.
+  template <int kParts>
+  __device__ __forceinline__ void store_state(const float (&S)[kTiles][4],
+                                              const uint32_t (*rest)[4], const Slot* slot,
+                                              const StateTensor& to, int64_t row) const {
+    const int lane = ptx::opaque_lane(lane_);
+    // put(at, d): a tile of 8 channels; the first is at `at`, and the next `stride` after it.
+    const auto store_tiles = [&](auto* at, int stride, const auto& put) {
+      float d[2][2][4];
+      const auto find = [&](int n) {
+        auto& x = d[n % 2];
 #pragma unroll
-      for (int n = 0; n < kTiles / 2; ++n) {
-        float d[2][4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) d[0][i] = S[2 * n][i], d[1][i] = S[2 * n + 1][i];
+        for (int i = 0; i < 4; ++i) x[0][i] = S[2 * n][i], x[1][i] = S[2 * n + 1][i];
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          add_product(d[0], d[1], rest[part], slot, part, n);
+          add_product(x[0], x[1], rest[part], *slot, part, n);
         }
-        if (kParts == 2) {
-          const float4 by = decays_of(slot.leave)[n];
-          scale(d[0], by.x, by.y);
-          scale(d[1], by.z, by.w);
+        if constexpr (kParts == 2) {
+          const float4 by = decays_of(slot->leave)[n];
+          scale(x[0], by.x, by.y);
+          scale(x[1], by.z, by.w);
         }
+      };
+      find(0);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const auto store_tile = [&](auto* states, const auto& rounded) {
-            auto* const at = states + place;
-            at[0] = rounded(d[i][0]);
-            at[stride_d] = rounded(d[i][1]);
-            at[stride_c] = rounded(d[i][2]);
-            at[stride_c + stride_d] = rounded(d[i][3]);
-          };
-          if (dtype == DType::kF32) {
-            store_tile(static_cast<float*>(to), [](float y) { return y; });
-          } else {
-            store_tile(static_cast<Elem*>(to), Traits::from_float);
-          }
-          place = ptx::opaque(place + 8 * stride_d);  // found one by one, lest all be kept
-        }
+      for (int n = 0; n < kTiles / 2; ++n) {
+        if (n + 1 < kTiles / 2) find(n + 1);  // products in the shadow of the stores
+        put(at + 2 * n * stride, d[n % 2][0]);
+        put(at + (2 * n + 1) * stride, d[n % 2][1]);
       }
+    };
+    const bool v_first = p_.state_v_first;
+    const int stride_d = v_first ? 1 : kChannels, stride_c = v_first ? 8 * kChannels : 8;
+    const int first = w_.v0 + warp_ * 16;
+    const int64_t begin =
+        row * to.stride_n + w_.hv * (kChannels * kChannels) + first * (v_first ? kChannels : 1);
+    if (to.dtype == DType::kF32) {
+      const auto store = [&](int kD, int kC) {
+        store_tiles(static_cast<float*>(to.ptr) + begin + lane / 4 * (kC / 8) + lane % 4 * 2 * kD,
+                    8 * kD, [&](float* at, const float (&d)[4]) {
+                      at[0] = d[0];
+                      at[kD] = d[1];
+                      at[kC] = d[2];
+                      at[kC + kD] = d[3];
+                    });
+      };
+      v_first ? store(1, 8 * kChannels) : store(kChannels, 8);
+      return;
     }
+    Elem* const states = static_cast<Elem*>(to.ptr) + begin;
+    // A pool's rows may begin anywhere.
+    const bool odd = reinterpret_cast<uintptr_t>(states) % 4 != 0;
+    // Neighbours in memory: a lane has two channels of a column; where columns are neighbours, the
+    // tile is turned first.
+    const auto put_pair = [&](Elem* at, float x, float y) {
+      const uint32_t packed = Traits::pack(x, y), turned = ptx::movmatrix_trans(packed);
+      const uint32_t pair = v_first ? packed : turned;
+      if (odd) {
+        reinterpret_cast<uint16_t*>(at)[0] = static_cast<uint16_t>(pair);
+        reinterpret_cast<uint16_t*>(at)[1] = static_cast<uint16_t>(pair >> 16);
+      } else {
+        *reinterpret_cast<uint32_t*>(at) = pair;
+      }
+    };
+    store_tiles(states + lane / 4 * kChannels + lane % 4 * 2, 8 * stride_d,
+                [&](Elem* at, const float (&d)[4]) {
+                  put_pair(at, d[0], d[1]);
+                  put_pair(at + stride_c, d[2], d[3]);
+                });
   }
 
   // The n-th two of the tiles.
