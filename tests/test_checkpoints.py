@@ -196,6 +196,38 @@ def test_rows_of_a_pool(flashkda, device, options, index_dtype, padded, inplace)
     assert torch.equal(memory, before)
 
 
+@pytest.mark.parametrize("state_v_first", [False, True])
+@pytest.mark.parametrize("state", [FP32, BF16], ids=str)
+def test_rows_that_begin_anywhere(flashkda, device, state, state_v_first):
+    """Every second row of a pool begins at an odd multiple of an element's size."""
+    call = make(
+        8, lengths=[40, 70], state=state, state_v_first=state_v_first, K=128, V=128, device=device
+    )
+    shape = call["initial_state"].shape[1:]
+    r = torch.Generator().manual_seed(98)
+    memory = torch.randn(ROWS, shape.numel() + 1, generator=r).to(device, state)
+    pool = memory[:, :-1].unflatten(1, shape)
+    rows, offsets, where = [3, 2], [[16, 32], [64, 48]], [[1, 4], [5, 0]]
+    plain = with_rows(call, pool, rows)
+    o_ref, state_ref = flashkda.chunk_kda(**plain)
+    after = memory.clone()
+    view = after[:, :-1].unflatten(1, shape)
+    for n in range(2):
+        view[rows[n]] = state_ref[n]
+        for offset, row in zip(offsets[n], where[n], strict=True):
+            view[row] = cut_off(flashkda, plain, n, offset)
+    o, same, kept = flashkda.chunk_kda(
+        **{**call, "initial_state": pool},
+        state_indices=torch.tensor(rows, device=device),
+        inplace_final_state=True,
+        checkpoint_offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
+        checkpoint_indices=torch.tensor(where, device=device),
+        checkpoint_states=pool,
+    )
+    assert same is pool and kept is pool
+    assert torch.equal(o, o_ref) and torch.equal(memory, after)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("row", [ROWS, -2, 2**31 - 1, -(2**31)])
 def test_row_outside_of_the_pool(flashkda, device, row, inplace):
