@@ -15,6 +15,9 @@ struct DecayParams {
 };
 
 inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+// log2(log2 e): with it inside the exponent of softplus, 2^y is log2 e exp(x).
+inline constexpr float kLog2Log2E = 0.5287663729448977f;
 
 // k exp(-G) stays in bf16's range while a chunk's decay does not fall below this: just under
 // exp(-80), which gates with a lower bound of -5 never pass.
@@ -26,30 +29,32 @@ __device__ __forceinline__ DecayParams load_decay_params(const Problem& p, int h
     case Gate::kBounded:
       return {-kLog2E * exp_A, 1.f / (kLog2E * p.lower_bound)};
     case Gate::kSoftplus:
-      return {kLog2E, -exp_A};
+      return {kLog2E, -fmaxf(exp_A, 1e-37f)};  // times infinity, not NaN
     default:
       return {kLog2E, 1.f};
   }
 }
 
-// dt_bias of a channel, times the slope.
+// What is added to the slope times the gate's input.
 __device__ __forceinline__ float load_shift(const Problem& p, const DecayParams& params, int hv,
                                             int channel) {
-  if (p.dt_bias == nullptr) return 0.f;
-  return params.slope * __ldg(p.dt_bias + static_cast<int64_t>(hv) * p.K + channel);
+  const float constant = p.gate == Gate::kSoftplus ? kLog2Log2E : 0.f;
+  if (p.dt_bias == nullptr) return constant;
+  return params.slope * __ldg(p.dt_bias + static_cast<int64_t>(hv) * p.K + channel) + constant;
 }
 
-// log2(1 + 2^y), within 3e-5 of itself also where it is small: there the series leaves out u^2 / 3,
-// elsewhere lg2 is within 2.4e-7. Infinite from y = 128 on.
-__device__ __forceinline__ float log2_one_plus_exp2(float y) {
+// softplus(x) / ln 2, where y = log2(log2 e exp(x)), within 4e-4 of itself, also where it is small.
+// Both log2 e exp(x) and a logarithm that is too large by 2^-22, more than lg2 and its argument err
+// by, lie above it; the smaller one is next to it. Infinite from y = 128 on.
+__device__ __forceinline__ float softplus_over_ln2(float y) {
   const float u = ptx::ex2(y);
-  const float series = u * (kLog2E - 0.5f * kLog2E * u);
-  const float log = ptx::lg2(1.f + u);
-  return u < 0.0078125f ? series : log;
+  return fminf(u, ptx::lg2(kLn2 * u + (1.f + 0x1p-22f)));
 }
 
-// The same for every y, where `log` is that.
-__device__ __forceinline__ float correct_large(float log, float y) { return y > 29.f ? y : log; }
+// The same for every y, where `softplus` is that.
+__device__ __forceinline__ float correct_large(float softplus, float y) {
+  return y > 29.f ? y - kLog2Log2E : softplus;
+}
 
 // Whether it matters: beyond this slope, softplus of 128 / log2 e and more decays to nothing.
 __device__ __forceinline__ bool has_large(const DecayParams& params) {
@@ -63,7 +68,7 @@ __device__ __forceinline__ float decay_of(float x, const DecayParams& params, fl
     // 2^(1 / (factor (1 + 2^y)))
     return ptx::ex2(ptx::rcp(ptx::ex2(y) * params.factor + params.factor));
   } else if constexpr (kGate == Gate::kSoftplus) {
-    return ptx::ex2(params.factor * correct_large(log2_one_plus_exp2(y), y));
+    return ptx::ex2(params.factor * correct_large(softplus_over_ln2(y), y));
   } else {
     return ptx::ex2(y);
   }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import accuracy
 import pytest
 import torch
@@ -27,6 +29,22 @@ def test_no_larger_than_flas(flashkda, regime, seqlens):
     functions = {"this": flashkda.chunk_kda, "fla": fla.load().chunk_kda}
     row = accuracy.measure(regime, seqlens, functions, seed=11)
     assert accuracy.no_larger(row), row
+
+
+@pytest.mark.parametrize("path", [nullcontext, contenders.portable], ids=["any", "portable"])
+@pytest.mark.parametrize("size", [20, 300])
+def test_softplus_of_far_inputs(flashkda, path, size):
+    """Where exp(x) is infinite in fp32, and where softplus is next to nothing, under every slope."""
+    seqlens, heads = (100, 33), 6
+    problem = make_problem("softplus, usual", seqlens, heads, DEVICE, seed=9)
+    call = problem.arguments
+    rng = torch.Generator(DEVICE).manual_seed(9)
+    uniform = torch.rand(call["g"].shape, generator=rng, device=DEVICE)
+    call["g"] = (size * (2 * uniform - 1)).bfloat16()
+    call["A_log"] = torch.linspace(-9, 3, heads, device=DEVICE)
+    with path():
+        o, state = flashkda.chunk_kda(**call)
+    assert_right(problem, seqlens, o, state)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -29,7 +29,7 @@ using Bf16 = ElementTraits<__nv_bfloat16>;
 template <class Cfg>
 inline constexpr int kFactorArrivals = (Cfg::kFactorGroups > 1 ? 2 : 1) * kGroupThreads;
 
-template <class Cfg>
+template <class Cfg, Gate kGate>
 class FactorWarp {
   static constexpr int kSpan = 4;  // tokens of a lane
   static constexpr int kOwn = 4;   // channels of a lane
@@ -53,9 +53,9 @@ class FactorWarp {
 
   __device__ void run() {
     if (p_.g.dtype == DType::kF32) {
-      run_with<float>();
+      walk<float>();
     } else {
-      run_with<__nv_bfloat16>();
+      walk<__nv_bfloat16>();
     }
   }
 
@@ -72,20 +72,8 @@ class FactorWarp {
     }
   }
 
-  template <class G>
-  __device__ __forceinline__ void run_with() {
-    switch (p_.gate) {
-      case Gate::kBounded:
-        return walk<Gate::kBounded, G>();
-      case Gate::kSoftplus:
-        return walk<Gate::kSoftplus, G>();
-      default:
-        return walk<Gate::kGiven, G>();
-    }
-  }
-
   // G: the gate's type.
-  template <Gate kGate, class G>
+  template <class G>
   __device__ __forceinline__ void walk() {
     int part = group_ % 2;
     Cursor use(uses<Cfg>(rank_));
@@ -102,7 +90,7 @@ class FactorWarp {
       }
 #pragma unroll 1
       for (; part < 2; part += groups) {
-        make<kGate, G>(part, tokens_ - c * kChunk - part * kPart, use, turn);
+        make<G>(part, tokens_ - c * kChunk - part * kPart, use, turn);
       }
       ptx::fence_async_proxy();
       ptx::mbarrier_arrive_at(at(&s_.factors_full[use.at]));
@@ -157,10 +145,9 @@ class FactorWarp {
                                                   Bf16::pack(x[2] * factor[2], x[3] * factor[3]));
   }
 
-  // exp(g) of the lane's tokens; 1 from token `left` of the part on.
-  template <Gate kGate, class G>
-  __device__ __forceinline__ void load_decays(Decays& e, const Raw& raw, int left,
-                                              const Place& place) const {
+  // The gate's inputs of the lane's tokens.
+  template <class G>
+  __device__ __forceinline__ void load_gate(Decays& e, const Raw& raw, const Place& place) const {
     if constexpr (sizeof(G) == 4) {
       const char* quarter = raw.g + warp_ * sizeof(raw.k[0]);
 #pragma unroll
@@ -176,14 +163,21 @@ class FactorWarp {
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) unpack(e[i], *reinterpret_cast<const uint2*>(g + place(i)));
     }
+  }
+
+  // exp(g) of the lane's tokens; 1 from token `left` of the part on. large: softplus of large
+  // inputs too, which is infinite otherwise.
+  template <class G>
+  __device__ __forceinline__ void load_decays(Decays& e, const Raw& raw, int left,
+                                              const Place& place, bool large) const {
+    load_gate<G>(e, raw, place);
+    const auto input = [&](float x, int c) { return params_.slope * x + shift_[c]; };
     if constexpr (kGate == Gate::kSoftplus) {
-      Decays y;
-      for_all([&](int i, int c) {
-        y[i][c] = params_.slope * e[i][c] + shift_[c];
-        e[i][c] = log2_one_plus_exp2(y[i][c]);
-      });
-      if (has_large(params_)) {
-        for_all([&](int i, int c) { e[i][c] = correct_large(e[i][c], y[i][c]); });
+      for_all([&](int i, int c) { e[i][c] = softplus_over_ln2(input(e[i][c], c)); });
+      if (large) {
+        Decays x;
+        load_gate<G>(x, raw, place);
+        for_all([&](int i, int c) { e[i][c] = correct_large(e[i][c], input(x[i][c], c)); });
       }
       for_all([&](int i, int c) { e[i][c] = ptx::ex2(params_.factor * e[i][c]); });
     } else {
@@ -281,7 +275,7 @@ class FactorWarp {
   }
 
   // A part of a chunk.
-  template <Gate kGate, class G>
+  template <class G>
   __device__ __forceinline__ void make(int part, int left, const Cursor& use,
                                        const Turn<Cfg>& turn) const {
     Raw& raw = s_.raw[use.at % held<Cfg>(rank_)][part];
@@ -292,29 +286,37 @@ class FactorWarp {
     ptx::mbarrier_wait_at(at(&s_.raw_full[use.at][part]), use.parity);
     Bits k, q;
     Decays e;
-    load_decays<kGate, G>(e, raw, left, place);
-
     // Products of the decays over the part, before the lane's span and after it.
     float total[kOwn], before[kOwn], after[kOwn];
     int decay = kUsual;
+    // Loaded ahead of the exponentials where it was measured to be faster.
+    constexpr bool kAhead = Cfg::kHeads > 1;
+    if (kAhead) load_tokens(k, q, raw, left, place);
+    bool small, large = false;
+    while (true) {
+      load_decays<G>(e, raw, left, place, large);
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
-      const float own = product(e, c), beside = __shfl_xor_sync(~0u, own, 8);
-      const float pair = own * beside, others = __shfl_xor_sync(~0u, pair, 16);
-      total[c] = pair * others;
-      before[c] = (span & 1 ? beside : 1.f) * (span & 2 ? others : 1.f);
-      after[c] = (span & 1 ? 1.f : beside) * (span & 2 ? 1.f : others);
+      for (int c = 0; c < kOwn; ++c) {
+        const float own = product(e, c), beside = __shfl_xor_sync(~0u, own, 8);
+        const float pair = own * beside, others = __shfl_xor_sync(~0u, pair, 16);
+        total[c] = pair * others;
+        before[c] = (span & 1 ? beside : 1.f) * (span & 2 ? others : 1.f);
+        after[c] = (span & 1 ? 1.f : beside) * (span & 2 ? 1.f : others);
+      }
+      // Above this, k and q may be as large as 3e5.
+      small = any_below(total, 1e-33f);
+      if (kGate != Gate::kSoftplus || !small || large || !has_large(params_)) break;
+      large = true;
     }
-    // Above this, k and q may be as large as 3e5.
-    if (any_below(total, 1e-33f)) {
-      load_tokens(k, q, raw, left, place);
+    if (small) {
+      if (!kAhead) load_tokens(k, q, raw, left, place);
       const float bound = smallest_decay(k, q);
       if (any_below(total, bound)) decay = kSteep;
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) total[c] = fmaxf(total[c], bound);
     }
     ptx::mbarrier_wait_at(at(&s_.empty[turn.stage]), turn.parity ^ 1);
-    load_tokens(k, q, raw, left, place);
+    if (!kAhead) load_tokens(k, q, raw, left, place);
     if (lane_ == 0) s_.decay[use.at][part][warp_] = decay;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {

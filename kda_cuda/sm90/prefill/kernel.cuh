@@ -4,15 +4,20 @@
 
 #include <cuda_runtime.h>
 
+#include "../../common/smem.h"
 #include "chain.cuh"
 #include "factors.cuh"
+#include "instantiations.h"
+#include "maps.h"
 #include "shared.cuh"
 #include "squares.cuh"
 #include "turn.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
 
-template <class Cfg>
+// For one gate: with the code of all three, what warps at many places of it run shares less of the
+// instruction caches (docs/performance.md, version 20).
+template <class Cfg, Gate kGate>
 __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kThreads, 1)
     prefill_kernel(const __grid_constant__ Problem p, const __grid_constant__ Maps maps,
                    const int first_head, const Stock stock) {
@@ -90,7 +95,7 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
     ptx::fewer_registers<Cfg::kFactorRegisters>();
     const int factor = group < Cfg::kChainGroups ? Cfg::kFactorGroups : group - Cfg::kChainGroups;
     if (makes_chunks<Cfg>(rank) && factor < factor_groups<Cfg>(rank)) {
-      FactorWarp<Cfg>(p, w, s, rank, factor, warp % 4, lane).run();
+      FactorWarp<Cfg, kGate>(p, w, s, rank, factor, warp % 4, lane).run();
     }
   } else {
     ptx::fewer_registers<Cfg::kSquareRegisters>();
@@ -108,6 +113,51 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   // Who waits for this grid waits for the one that it runs beside, too.
   if constexpr (Cfg::kCluster == 2) ptx::wait_for_dependencies();
 #endif
+}
+
+template <class Cfg, Gate kGate>
+cudaError_t launch_instance(const Problem& p, const Target& target, cudaStream_t stream,
+                            const Share& share) {
+  constexpr auto kKernel = prefill_kernel<Cfg, kGate>;
+  constexpr int kBytes = sizeof(Shared<Cfg>);
+  Maps maps;
+  cudaError_t error = make_maps(p, Cfg::VS, &maps);
+  if (error == cudaSuccess) error = allow_smem<kKernel>(kBytes, target.device);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(share.heads / Cfg::kHeads * Cfg::kTeam));
+  config.blockDim = dim3(Cfg::kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = share.beside ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kKernel, p, maps, static_cast<int>(share.first_head),
+                            share.stock);
+}
+
+template <class Cfg>
+int find_resident_clusters(const Target& target) {
+  constexpr auto kKernel = prefill_kernel<Cfg, Gate::kGiven>;
+  constexpr int kBytes = sizeof(Shared<Cfg>);
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {Cfg::kCluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(target.multiprocessors / Cfg::kCluster * Cfg::kCluster);
+  config.blockDim = dim3(Cfg::kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if (allow_smem<kKernel>(kBytes, target.device) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) == cudaSuccess) {
+    return clusters;
+  }
+  cudaGetLastError();  // it is not the launch's
+  return 0;
 }
 
 }  // namespace flashkda::cuda::sm90::prefill

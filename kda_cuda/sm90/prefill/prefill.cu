@@ -5,63 +5,40 @@
 #include <limits>
 #include <utility>
 
-#include "../../common/smem.h"
-#include "kernel.cuh"
+#include "instantiations.h"
 #include "maps.h"
 #include "prefill.h"
 
 namespace flashkda::cuda::sm90::prefill {
 namespace {
 
-// Heads are counted through all sequences. beside: may run while the grid before it does.
 template <class Cfg>
 cudaError_t launch_heads(const Problem& p, const Target& target, cudaStream_t stream,
-                         int64_t first_head, int64_t heads, bool beside = false,
-                         const Stock& stock = {}) {
-  constexpr int kBytes = sizeof(Shared<Cfg>);
-  Maps maps;
-  cudaError_t error = make_maps(p, Cfg::VS, &maps);
-  if (error == cudaSuccess) error = allow_smem<prefill_kernel<Cfg>>(kBytes, target.device);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(heads / Cfg::kHeads * Cfg::kTeam));
-  config.blockDim = dim3(Cfg::kThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = beside ? 1 : 0;
-  return cudaLaunchKernelEx(&config, prefill_kernel<Cfg>, p, maps, static_cast<int>(first_head),
-                            stock);
+                         const Share& share) {
+  switch (p.gate) {
+    case Gate::kGiven:
+      return launch_instance<Cfg, Gate::kGiven>(p, target, stream, share);
+    case Gate::kSoftplus:
+      return launch_instance<Cfg, Gate::kSoftplus>(p, target, stream, share);
+    case Gate::kBounded:
+      return launch_instance<Cfg, Gate::kBounded>(p, target, stream, share);
+  }
+  return cudaErrorInvalidValue;
 }
 
-// How many clusters the GPU holds at once, which depends on how its SMs are grouped; 0: none.
+// How many clusters the GPU holds at once.
 template <class Cfg>
 int resident_clusters(const Target& target) {
-  if (Cfg::kCluster == 1) return target.multiprocessors / Cfg::kTeam;
-  static std::atomic<int> known[kMaxDevices];  // plus one
-  int clusters = known[target.device].load(std::memory_order_relaxed) - 1;
-  if (clusters >= 0) return clusters;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {Cfg::kCluster, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(target.multiprocessors / Cfg::kCluster * Cfg::kCluster);
-  config.blockDim = dim3(Cfg::kThreads);
-  config.dynamicSmemBytes = sizeof(Shared<Cfg>);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  const bool found =
-      allow_smem<prefill_kernel<Cfg>>(sizeof(Shared<Cfg>), target.device) == cudaSuccess &&
-      cudaOccupancyMaxActiveClusters(&clusters, prefill_kernel<Cfg>, &config) == cudaSuccess;
-  if (!found) {
-    cudaGetLastError();  // it is not the launch's
-    clusters = 0;
+  if constexpr (Cfg::kCluster == 1) {
+    return target.multiprocessors / Cfg::kTeam;
+  } else {
+    static std::atomic<int> known[kMaxDevices];  // plus one
+    int clusters = known[target.device].load(std::memory_order_relaxed) - 1;
+    if (clusters >= 0) return clusters;
+    clusters = find_resident_clusters<Cfg>(target);
+    known[target.device].store(clusters + 1, std::memory_order_relaxed);
+    return clusters;
   }
-  known[target.device].store(clusters + 1, std::memory_order_relaxed);
-  return clusters;
 }
 
 // A step's time in units of 10 ns, as measured, times the rounds that all heads take.
@@ -125,7 +102,7 @@ cudaError_t launch_apart(const Problem& p, const Target& target, void* workspace
   if (error != cudaSuccess) return error;
   const Stock stock = {reinterpret_cast<unsigned*>(begin), reinterpret_cast<StockFlags*>(begin) + 1,
                        reinterpret_cast<Slot*>(begin + layout.chunks)};
-  return launch_heads<Apart>(p, target, stream, 0, heads, false, stock);
+  return launch_heads<Apart>(p, target, stream, {0, heads, false, stock});
 }
 
 }  // namespace
@@ -144,20 +121,20 @@ cudaError_t launch(const Problem& p, const Target& target, void* workspace, cuda
   if (heads == 0) return cudaSuccess;
   switch (choose(p, target)) {
     case Way::kWhole:
-      return launch_heads<Whole>(p, target, stream, 0, heads);
+      return launch_heads<Whole>(p, target, stream, {0, heads});
     case Way::kHalves:
-      return launch_heads<Halves>(p, target, stream, 0, heads);
+      return launch_heads<Halves>(p, target, stream, {0, heads});
     case Way::kHelped:
-      return launch_heads<Helped>(p, target, stream, 0, heads);
+      return launch_heads<Helped>(p, target, stream, {0, heads});
     case Way::kFed:
-      return launch_heads<Fed>(p, target, stream, 0, heads);
+      return launch_heads<Fed>(p, target, stream, {0, heads});
     case Way::kApart:
       return launch_apart(p, target, workspace, stream);
     case Way::kThrees: {
       const int64_t by_threes = heads_by_threes(p, heads, target);
-      const cudaError_t error = launch_heads<Threes>(p, target, stream, 0, by_threes);
+      const cudaError_t error = launch_heads<Threes>(p, target, stream, {0, by_threes});
       if (error != cudaSuccess || by_threes == heads) return error;
-      return launch_heads<Halves>(p, target, stream, by_threes, heads - by_threes, true);
+      return launch_heads<Halves>(p, target, stream, {by_threes, heads - by_threes, true});
     }
   }
   return cudaErrorInvalidValue;
