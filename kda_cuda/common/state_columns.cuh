@@ -110,7 +110,8 @@ __device__ __noinline__ int store_checkpoints(const Problem& p, const float4* S,
       store_tiles([&](int at, float y) { store_float(to, at, dtype, y); });
     }
   };
-  CheckpointRows<int64_t> rows(p, columns.n, columns.tokens, unit, columns.lane);
+  const LoadedCheckpoints<int64_t> loaded = {p, columns.n, columns.tokens, columns.lane};
+  CheckpointRows<LoadedCheckpoints<int64_t>> rows(p, loaded, columns.tokens, unit, columns.lane);
   for (int64_t row; (row = rows.next()) >= 0;) store(row);
   return columns.left_at(rows.stop());
 }

@@ -54,6 +54,22 @@ __device__ __forceinline__ int checkpoint_unit(const Problem& p, int64_t n, int6
   return static_cast<int>(offset / kCheckpointUnit);
 }
 
+// Checkpoint c of the sequence: its unit, and its row of checkpoints.states, which may lie outside
+// of them.
+struct alignas(16) Checkpoint {
+  int64_t row = -1;
+  int unit = kNoCheckpoint;
+};
+__device__ __forceinline__ Checkpoint load_checkpoint(const Problem& p, int64_t n, int64_t tokens,
+                                                      int c) {
+  const Checkpoints& x = p.checkpoints;
+  Checkpoint found;
+  // Loaded with the offset, lest one latency follow the other.
+  found.row = x.indices.ptr == nullptr ? n * x.C + c : load_index(x.indices, n, c);
+  found.unit = checkpoint_unit(p, n, tokens, c);
+  return found;
+}
+
 // The first unit before which sequence n keeps a state, or kNoCheckpoint; and whether any of its
 // offsets is wrong.
 struct FirstCheckpoint {
@@ -96,14 +112,29 @@ __device__ __forceinline__ int64_t intervals_before(const Problem& p, int64_t n,
   return __reduce_add_sync(~0u, count);
 }
 
+// What the search below asks for, from global memory. Tokens: as above.
+template <class Tokens>
+struct LoadedCheckpoints {
+  const Problem& p;
+  int64_t n, tokens;
+  int lane;
+
+  __device__ __forceinline__ Checkpoint operator[](int c) const {
+    return load_checkpoint(p, n, tokens, c);
+  }
+  __device__ __forceinline__ int64_t intervals_before() const {
+    return cuda::intervals_before<Tokens>(p, n, lane);
+  }
+};
+
 // The rows of checkpoints.states that keep the state before unit `now`, one after another. For
 // kBeforeAll there are none, for kWrongCheckpoint those that a wrong offset leaves without a state.
-template <class Tokens>
+template <class Found>
 class CheckpointRows {
  public:
-  __device__ __forceinline__ CheckpointRows(const Problem& p, int64_t n, int64_t tokens, int now,
-                                            int lane)
-      : p_(p), n_(n), tokens_(tokens), now_(now), lane_(lane) {}
+  __device__ __forceinline__ CheckpointRows(const Problem& p, const Found& found, int64_t tokens,
+                                            int now, int lane)
+      : p_(p), found_(found), tokens_(tokens), now_(now), lane_(lane) {}
 
   // -1: no more.
   __device__ __forceinline__ int64_t next() {
@@ -115,27 +146,27 @@ class CheckpointRows {
       const int64_t next = now_ < 0 ? 0 : int64_t{now_} + step;
       if (next * kCheckpointUnit < tokens_) stop_ = static_cast<int>(next);
       if (now_ < 0) return -1;
-      const int64_t row = intervals_before<Tokens>(p_, n_, lane_) + now_ / step;
+      const int64_t row = found_.intervals_before() + now_ / step;
       return row < x.states.size ? row : -1;
     }
     while (true) {
-      for (; found_ != 0; found_ &= found_ - 1) {
-        const int hit = __ffs(found_) - 1;
+      for (; hits_ != 0; hits_ &= hits_ - 1) {
+        const int hit = __ffs(hits_) - 1;
         const int64_t row = __shfl_sync(~0u, row_, hit);
         if (row < 0 || row >= x.states.size) continue;
-        found_ &= found_ - 1;
+        hits_ &= hits_ - 1;
         return row;
       }
       if (first_ >= x.C) return -1;
       const int c = first_ + lane_;
       int unit = kNoCheckpoint;
       if (c < x.C) {
-        // Loaded with the offset, lest one latency follow the other.
-        row_ = x.indices.ptr == nullptr ? n_ * x.C + c : load_index(x.indices, n_, c);
-        unit = checkpoint_unit(p_, n_, tokens_, c);
+        const Checkpoint checkpoint = found_[c];
+        row_ = checkpoint.row;
+        unit = checkpoint.unit;
       }
       stop_ = min(stop_, __reduce_min_sync(~0u, unit > now_ ? unit : kNoCheckpoint));
-      found_ = __ballot_sync(~0u, unit == now_);
+      hits_ = __ballot_sync(~0u, unit == now_);
       first_ += 32;
     }
   }
@@ -146,11 +177,12 @@ class CheckpointRows {
 
  private:
   const Problem& p_;
-  int64_t n_, tokens_;
+  const Found found_;
+  int64_t tokens_;
   int now_, lane_;
-  int first_ = 0;       // of the offsets that have not been looked at
-  uint32_t found_ = 0;  // of the 32 before it, those not returned yet
-  int64_t row_ = -1;    // of the lane's offset of these
+  int first_ = 0;      // of the offsets that have not been looked at
+  uint32_t hits_ = 0;  // of the 32 before it, those not returned yet
+  int64_t row_ = -1;   // of the lane's offset of these
   int stop_ = kNoCheckpoint;
 };
 

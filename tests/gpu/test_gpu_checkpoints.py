@@ -21,12 +21,16 @@ def cut_off(flashkda, arguments: dict, begin: int, n: int, tokens: int) -> torch
     return flashkda.chunk_kda(**arguments | one)[1][0]
 
 
+# More than a warp's lanes, which is how many a chain of the Hopper kernel lists ahead.
+MANY = [16 * n for n in range(64, 24, -1)]
+
+
+@pytest.mark.parametrize("marks", [[1008, 16, 512, 1024, 128], MANY], ids=["few", "many"])
 @pytest.mark.parametrize("regime", ["bounded, slow", "softplus, steep"])
 @pytest.mark.parametrize("seqlens, heads", SHAPES)
-def test_bits_of_the_call_that_is_cut_off(flashkda, seqlens, heads, regime):
+def test_bits_of_the_call_that_is_cut_off(flashkda, seqlens, heads, regime, marks):
     call = make_problem(regime, seqlens, heads, DEVICE).arguments
     o_ref, state_ref = flashkda.chunk_kda(**call)
-    marks = [1008, 16, 512, 1024, 128]
     offsets = torch.tensor([marks] * len(seqlens), dtype=torch.int32, device=DEVICE)
     o, state, kept = flashkda.chunk_kda(**call, checkpoint_offsets=offsets)
     assert torch.equal(o, o_ref) and torch.equal(state, state_ref)

@@ -46,6 +46,7 @@ class Chain {
     float S[kTiles][4];
     load_state(S);
     int left = static_cast<int>(w_.tokens);
+    list_checkpoints();
     const FirstCheckpoint first = first_checkpoint(p_, w_.n, w_.tokens, lane_);
     if (first.wrong) columns().spoil_wrong_checkpoints(p_);
     int stop = columns().left_at(first.unit);
@@ -86,11 +87,10 @@ class Chain {
         round_off(rest[1], d[2], d[3], u_late);
         stop = give<2>(S, rest, &slot, left - kChunk, stop, left <= kChunk);
       };
-      // Put away meanwhile, lest the loop above lack the registers that storing a state takes.
-      volatile uint32_t kept_parity = parity;
       step(S, at, parity, left, inside, end);
-      parity = kept_parity;
       next();
+      // Found anew, lest the loop above lack the registers that storing a state takes.
+      parity = (static_cast<uint32_t>(w_.tokens) - left) / (kChunk * Cfg::kSlots) & 1;
     }
     if (w_.tokens == 0) return;
     if (left == 0) {
@@ -143,6 +143,35 @@ class Chain {
     } else {
       fill_from(static_cast<const Elem*>(x.ptr), [](Elem y) { return __bfloat162float(y); });
     }
+  }
+
+  // What the chain finds ahead of its sequence's checkpoints, lest it wait for global memory where
+  // it keeps a state.
+  struct FoundCheckpoints {
+    const Chain& chain;
+
+    __device__ __forceinline__ Checkpoint operator[](int c) const {
+      const Problem& p = chain.p_;
+      if (p.checkpoints.C <= kListed) return chain.s_.checkpoints[c];
+      return load_checkpoint(p, chain.w_.n, chain.w_.tokens, c);
+    }
+    __device__ __forceinline__ int64_t intervals_before() const {
+      return chain.s_.checkpoints[0].row;
+    }
+  };
+
+  // While the first chunk is being made.
+  __device__ __forceinline__ void list_checkpoints() const {
+    const Checkpoints& x = p_.checkpoints;
+    if (x.states.ptr == nullptr) return;
+    if (warp_ == 0) {
+      if (x.interval > 0) {
+        s_.checkpoints[0].row = intervals_before<uint32_t>(p_, w_.n, lane_);
+      } else if (lane_ < x.C) {
+        s_.checkpoints[lane_] = load_checkpoint(p_, w_.n, w_.tokens, lane_);
+      }
+    }
+    ptx::barrier_sync(1, Cfg::kChainGroups * kGroupThreads);
   }
 
   using Decays = float4[kTiles / 2];  // of the lane's channels, in two tiles each
@@ -309,7 +338,7 @@ class Chain {
                                       const Slot* slot, int left, int stop, bool last) const {
     bool kept = stop == left;
     if (!kept && !last) return stop;
-    CheckpointRows<uint32_t> rows(p_, w_.n, w_.tokens, columns().unit_at(left), lane_);
+    CheckpointRows<FoundCheckpoints> rows(p_, {*this}, w_.tokens, columns().unit_at(left), lane_);
     while (true) {
       const int64_t checkpoint = kept ? rows.next() : -1;
       if (checkpoint < 0 && kept) {
@@ -333,7 +362,8 @@ class Chain {
                                               const uint32_t (*rest)[4], const Slot* slot,
                                               const StateTensor& to, int64_t row) const {
     const int lane = ptx::opaque_lane(lane_);
-    // put(at, d): a tile of 8 channels; the first is at `at`, and the next `stride` after it.
+    // put(at, d): two tiles of 8 channels each; the first two are at `at`, and the next `stride`
+    // after them.
     const auto store_tiles = [&](auto* at, int stride, const auto& put) {
       float d[2][2][4];
       const auto find = [&](int n) {
@@ -354,47 +384,81 @@ class Chain {
 #pragma unroll
       for (int n = 0; n < kTiles / 2; ++n) {
         if (n + 1 < kTiles / 2) find(n + 1);  // products in the shadow of the stores
-        put(at + 2 * n * stride, d[n % 2][0]);
-        put(at + (2 * n + 1) * stride, d[n % 2][1]);
+        put(at + n * stride, d[n % 2]);
       }
     };
     const bool v_first = p_.state_v_first;
-    const int stride_d = v_first ? 1 : kChannels, stride_c = v_first ? 8 * kChannels : 8;
     const int first = w_.v0 + warp_ * 16;
     const int64_t begin =
         row * to.stride_n + w_.hv * (kChannels * kChannels) + first * (v_first ? kChannels : 1);
+    // Lanes next to each other exchange what they have, so that what a lane then has lies together
+    // and a store of the warp writes whole sectors.
+    const bool second = lane % 2 != 0;
+    const auto exchange = [&](auto& x, auto& y) {
+      const auto received = __shfl_xor_sync(~0u, second ? x : y, 1);
+      (second ? x : y) = received;
+    };
     if (to.dtype == DType::kF32) {
-      const auto store = [&](int kD, int kC) {
-        store_tiles(static_cast<float*>(to.ptr) + begin + lane / 4 * (kC / 8) + lane % 4 * 2 * kD,
-                    8 * kD, [&](float* at, const float (&d)[4]) {
-                      at[0] = d[0];
-                      at[kD] = d[1];
-                      at[kC] = d[2];
-                      at[kC + kD] = d[3];
+      float* const states = static_cast<float*>(to.ptr) + begin;
+      if (v_first) {
+        store_tiles(states + lane / 4 * kChannels + lane % 4 * 2, 16,
+                    [&](float* at, const float (&d)[2][4]) {
+#pragma unroll
+                      for (int i = 0; i < 2; ++i) {
+                        at[8 * i] = d[i][0];
+                        at[8 * i + 1] = d[i][1];
+                        at[8 * kChannels + 8 * i] = d[i][2];
+                        at[8 * kChannels + 8 * i + 1] = d[i][3];
+                      }
                     });
-      };
-      v_first ? store(1, 8 * kChannels) : store(kChannels, 8);
+      } else {
+        // Four channels of a column.
+        store_tiles(states + lane % 4 / 2 * 4 * kChannels + lane / 4 + lane % 2 * 8, 16 * kChannels,
+                    [&](float* at, float (&d)[2][4]) {
+#pragma unroll
+                      for (int i = 0; i < 2; ++i) {
+                        exchange(d[i][0], d[i][2]);
+                        exchange(d[i][1], d[i][3]);
+                        at[8 * i * kChannels] = d[i][0];
+                        at[(8 * i + 1) * kChannels] = d[i][1];
+                        at[(8 * i + 2) * kChannels] = d[i][2];
+                        at[(8 * i + 3) * kChannels] = d[i][3];
+                      }
+                    });
+      }
       return;
     }
     Elem* const states = static_cast<Elem*>(to.ptr) + begin;
     // A pool's rows may begin anywhere.
-    const bool odd = reinterpret_cast<uintptr_t>(states) % 4 != 0;
-    // Neighbours in memory: a lane has two channels of a column; where columns are neighbours, the
-    // tile is turned first.
-    const auto put_pair = [&](Elem* at, float x, float y) {
-      const uint32_t packed = Traits::pack(x, y), turned = ptx::movmatrix_trans(packed);
-      const uint32_t pair = v_first ? packed : turned;
+    const bool odd = reinterpret_cast<uintptr_t>(states) % 8 != 0;
+    // Four neighbours in memory: a lane has two channels of a column, and those next to it the next
+    // ones; where columns are neighbours, a tile is turned first.
+    const auto put_four = [&](Elem* at, uint32_t x, uint32_t y) {
+      exchange(x, y);
       if (odd) {
-        reinterpret_cast<uint16_t*>(at)[0] = static_cast<uint16_t>(pair);
-        reinterpret_cast<uint16_t*>(at)[1] = static_cast<uint16_t>(pair >> 16);
+        uint16_t* const to = reinterpret_cast<uint16_t*>(at);
+        to[0] = static_cast<uint16_t>(x);
+        to[1] = static_cast<uint16_t>(x >> 16);
+        to[2] = static_cast<uint16_t>(y);
+        to[3] = static_cast<uint16_t>(y >> 16);
       } else {
-        *reinterpret_cast<uint32_t*>(at) = pair;
+        *reinterpret_cast<uint2*>(at) = make_uint2(x, y);
       }
     };
-    store_tiles(states + lane / 4 * kChannels + lane % 4 * 2, 8 * stride_d,
-                [&](Elem* at, const float (&d)[4]) {
-                  put_pair(at, d[0], d[1]);
-                  put_pair(at + stride_c, d[2], d[3]);
+    store_tiles(states + lane / 4 * kChannels + lane % 4 / 2 * 4 + lane % 2 * 8,
+                v_first ? 16 : 16 * kChannels, [&](Elem* at, const float (&d)[2][4]) {
+                  uint32_t x[2][2];  // by tiles and columns
+#pragma unroll
+                  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                      const uint32_t packed = Traits::pack(d[i][2 * j], d[i][2 * j + 1]);
+                      const uint32_t turned = ptx::movmatrix_trans(packed);
+                      x[i][j] = v_first ? packed : turned;
+                    }
+                  }
+                  put_four(at, x[0][0], v_first ? x[1][0] : x[0][1]);
+                  put_four(at + 8 * kChannels, v_first ? x[0][1] : x[1][0], x[1][1]);
                 });
   }
 
@@ -483,9 +547,11 @@ class Chain {
     if constexpr (kRoomy) {
       solve_ahead(S, d, u, u_late, leave, slot, tiles, at, left, inside);
     } else {
-      solve_in_turn(S, d, u, u_late, leave, slot, tiles, at, left, inside);
+      solve_in_turn(S, d, u, u_late, slot, tiles, at, left, inside);
     }
     end(d, u, u_late, slot);
+    // Not before: what a state is stored with would be put away meanwhile.
+    if constexpr (!kRoomy) load_decays(leave, slot.leave);
     cute::warpgroup_wait<0>();
     fence(S);
     release(at, leave);
@@ -497,8 +563,8 @@ class Chain {
   template <class Inside>
   __device__ __forceinline__ void solve_in_turn(float (&S)[kTiles][4], float (&d)[8][4],
                                                 uint32_t (&u)[4], uint32_t (&u_late)[4],
-                                                Decays& leave, const Slot& slot, uint32_t tiles,
-                                                int at, int left, const Inside& inside) const {
+                                                const Slot& slot, uint32_t tiles, int at, int left,
+                                                const Inside& inside) const {
     const Squares &early = slot.squares[0], &late = slot.squares[1];
     uint32_t v[4], v_late[4], m[4];
     load_values(v, at, 0);
@@ -532,7 +598,6 @@ class Chain {
     load_square(m, late.M);
     multiply(d[6], d[7], u_late, m);
     finish_output(d[6], d[7], d[2], d[3], finishing, 1);
-    load_decays(leave, slot.leave);
   }
 
   // The same by warps that have a scheduler almost for themselves, and registers to load ahead:

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../../common/states.cuh"
 #include "../../common/work.cuh"
 #include "config.h"
 #include "steep.cuh"
@@ -98,6 +99,8 @@ struct Stock {
   Slot* chunks;  // kStock a team
 };
 
+inline constexpr int kListed = 32;  // checkpoints of a sequence, one a lane
+
 // Where a head's sequence begins, as the copy engine counts.
 struct alignas(16) Origin {
   int begin, row, h, hv;
@@ -158,9 +161,10 @@ struct Shared : std::conditional_t<Cfg::kHelped, HelpedRings<Cfg>, Rings<Cfg>> {
   uint64_t values_empty[Cfg::kSlots];
   Work work;  // kept here, because registers are scarce
   Origin origins[Cfg::kHeads];
-  int sequence;  // what sequence_of_rank found
-  Stock stock;   // of a team that is apart
-  int block;     // its number there
+  Checkpoint checkpoints[kListed];  // what is found of them ahead
+  int sequence;                     // what sequence_of_rank found
+  Stock stock;                      // of a team that is apart
+  int block;                        // its number there
 };
 
 // A place in a ring and the parity of its current use.
