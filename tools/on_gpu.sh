@@ -2,7 +2,7 @@
 # One command for a machine with a GPU and no network: `tools/on_gpu.sh tests compare ...`
 #
 #   parts    tests accuracy compare decode layer overhead sanitize demo (the default)
-#            checkpoints, quick (a short compare), hopper (the Hopper kernel's tests), bench (`kernels benchmark`)
+#            checkpoints, limit (of decode), quick (a short compare), hopper (the Hopper kernel's tests), bench (`kernels benchmark`)
 #   OUT      where results.tgz (logs and results) and fla-autotune.tgz go (default /tmp/out)
 #   LIMIT    seconds for all parts together (default 560); the part that meets it is cut short
 #   COMPARE_ARGS   more for benchmarks/compare.py, such as "--contender this flashkda-upstream"
@@ -72,6 +72,7 @@ for name in "${PARTS[@]}"; do
     compare) part compare 560 python3 benchmarks/compare.py --out "$RESULTS" ${COMPARE_ARGS:-} ;;
     decode) part decode 200 python3 benchmarks/compare.py --suite decode --out "$RESULTS" ;;
     quick) part quick 240 python3 benchmarks/compare.py --quick --out "$RESULTS" ${COMPARE_ARGS:-} ;;
+    limit) part limit 60 python3 benchmarks/decode_limit.py --out "$RESULTS" ;;
     layer) part layer 200 python3 benchmarks/layer.py --out "$RESULTS" ;;
     overhead) part overhead 100 python3 benchmarks/overhead.py --out "$RESULTS" ;;
     checkpoints) part checkpoints 100 python3 benchmarks/checkpoints.py --out "$RESULTS" ;;
