@@ -28,13 +28,13 @@ Tensor workspace_of(int64_t bytes, int device) {
 }
 
 cudaError_t dispatch(const Problem& p, const Target& target, cudaStream_t stream) {
-  if (sm90::prefill::serves(p, target) && !wants_portable()) {
-    const int64_t bytes = sm90::prefill::workspace_bytes(p, target);
-    if (bytes == 0) return sm90::prefill::launch(p, target, nullptr, stream);
-    const Tensor workspace = workspace_of(bytes, target.device);
-    return sm90::prefill::launch(p, target, workspace.data_ptr(), stream);
-  }
-  return sm80::prefill::launch(p, target, stream);
+  const bool hopper = sm90::prefill::serves(p, target) && !wants_portable();
+  const auto launch = hopper ? sm90::prefill::launch : sm80::prefill::launch;
+  const int64_t bytes = hopper ? sm90::prefill::workspace_bytes(p, target)
+                               : sm80::prefill::workspace_bytes(p, target);
+  if (bytes == 0) return launch(p, target, nullptr, stream);
+  const Tensor workspace = workspace_of(bytes, target.device);
+  return launch(p, target, workspace.data_ptr(), stream);
 }
 
 void run(const Problem& p, int device) {

@@ -112,6 +112,27 @@ __device__ __forceinline__ uint4 load_streaming_16(const void* gmem) {
   return x;
 }
 
+// Flags in global memory, between blocks that are apart.
+__device__ __forceinline__ void store_relaxed(unsigned* flag, unsigned value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_release(unsigned* flag, unsigned value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ unsigned load_relaxed(const unsigned* flag) {
+  unsigned value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
 // Transposes the 8x8 matrix of 16-bit elements that a warp holds as row lane / 4, columns 2 (lane %
 // 4) + {0, 1}.
 __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {

@@ -109,10 +109,6 @@ __device__ __forceinline__ void add_release(unsigned* flag, unsigned value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ void store_relaxed(unsigned* flag, unsigned value) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
-}
-
 __device__ __forceinline__ uint2 load_relaxed(const uint2* flags) {
   uint2 values;
   asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
@@ -120,12 +116,6 @@ __device__ __forceinline__ uint2 load_relaxed(const uint2* flags) {
                : "l"(flags)
                : "memory");
   return values;
-}
-
-__device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {
-  unsigned value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
 }
 
 __device__ __forceinline__ void cluster_sync() {

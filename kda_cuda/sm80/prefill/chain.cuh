@@ -24,10 +24,20 @@ class Chain {
   using Elem = typename Cfg::Elem;
   using Traits = ElementTraits<Elem>;
   static constexpr int K = Cfg::K;
+  static constexpr bool kManyRegisters = Cfg::kMakers > 0;  // no producers beside the chain
+  static constexpr int kAhead = kManyRegisters ? 2 : 1;     // how many products ahead it loads
 
  public:
   __device__ Chain(const Problem& p, const Work& w, int slots, char* smem, int warp, int lane)
-      : p_(p), w_(w), slots_(slots), smem_(smem), lane_(lane), v_(warp * 16) {}
+      : p_(p), w_(w), slots_(slots), smem_(smem), lane_(lane), v_(warp * 16) {
+    if constexpr (kManyRegisters) {
+      const LanePosition rows = by_row(lane), columns = by_column(lane);
+      places_ = {ptx::opaque(tile_offset<K>(rows.row, rows.piece)),
+                 ptx::opaque(tile_offset<K>(columns.row, columns.piece)),
+                 ptx::opaque(tile_offset<Cfg::VS>(rows.row, v_ / 8 + rows.piece)),
+                 ptx::opaque(square_offset(columns.row, columns.piece))};
+    }
+  }
 
   __device__ void run() {
     static_assert(kCheckpointUnit == kChunk, "a checkpoint lies between two steps");
@@ -42,20 +52,28 @@ class Chain {
     int left = columns.tokens;
     int stop = columns.first_stop(p_);
     // One loop with a comparison in it: a loop between two stops of its own is four instructions
-    // shorter and makes the compiler spill the producers' registers.
+    // shorter, and where registers are scarce makes the compiler spill the producers'.
     while (true) {
       if (left == stop) stop = columns.keep(p_, S, left);
       if (left <= 0) break;
-      step(S, at, o, left);
-      at.advance(1, slots_);
-      o += kChunk * p_.o.stride_t;
-      left -= kChunk;
+      do {
+        step(S, at, o, left);
+        at.advance(1, slots_);
+        o += kChunk * p_.o.stride_t;
+        left -= kChunk;
+      } while (kManyRegisters && left > max(stop, 0));
     }
     columns.store_final(p_, S);
     columns.spoil_wrong_checkpoints(p_);
   }
 
  private:
+  // Where the lane's operands lie in the tiles that they are parts of, in bytes: left and right
+  // ones of K channels, v, T and M.
+  struct Places {
+    int rows, columns, v, square;
+  };
+
   // Both halves of what a lane needs of 16 `paired` numbers.
   static __device__ __forceinline__ void load_pairs(float2 (&x)[2], const float* paired, int lane) {
     const float4 y = *reinterpret_cast<const float4*>(paired + lane % 4 * 4);
@@ -67,35 +85,55 @@ class Chain {
                                        int left) const {
     Slot<Cfg>* slot = slot_at<Cfg>(smem_, at.slot);
     Barriers* barriers = barriers_at(smem_);
-    // Addresses are cheaper to find again every step than to keep beside the state.
-    const int lane = ptx::opaque_lane(lane_);
-    const LanePosition rows = by_row(lane);
-    const LanePosition columns = by_column(lane);
-    const int square = square_offset(columns.row, columns.piece);
+    // Where registers are scarce, addresses are cheaper to find again every step than to keep
+    // beside the state.
+    const int lane = kManyRegisters ? lane_ : ptx::opaque_lane(lane_);
+    const LanePosition rows = by_row(lane), columns = by_column(lane);
+    const int square = kManyRegisters ? places_.square : square_offset(columns.row, columns.piece);
     const int token = (lane % 4) * 2;  // and the next, of each half of the chunk
-    const uint32_t k_bar =
-        ptx::smem_address(slot->k_bar) + tile_offset<K>(columns.row, columns.piece);
-    const uint32_t q_bar = ptx::smem_address(slot->q) + tile_offset<K>(columns.row, columns.piece);
-    const uint32_t k_tilde =
-        ptx::smem_address(slot->k_tilde) + tile_offset<K>(rows.row, rows.piece);
+    const int at_columns =
+        kManyRegisters ? places_.columns : tile_offset<K>(columns.row, columns.piece);
+    const uint32_t k_bar = ptx::smem_address(slot->k_bar) + at_columns;
+    const uint32_t q_bar = ptx::smem_address(slot->q) + at_columns;
+    const uint32_t k_tilde = ptx::smem_address(slot->k_tilde) +
+                             (kManyRegisters ? places_.rows : tile_offset<K>(rows.row, rows.piece));
     ptx::mbarrier_wait(&barriers->full[at.slot], at.parity);
 
-    // Every operand is loaded one product ahead of its use.
-    uint32_t bk[2][4], bq[2][4];
-    ldmatrix(bk[0], pieces_on(k_bar, 0));
-    ldmatrix(bq[0], pieces_on(q_bar, 0));
-    if (slot->reference == Reference::kMiddle) enter(S, slot, lane);
-    uint32_t v[4], bT[4], bM[4];
-    float2 rk[2];
+    // Every operand is loaded kAhead products ahead of its use.
+    constexpr int kHeld = kAhead + 1;
+    uint32_t bk[kHeld][4], bq[kHeld][4];
+#pragma unroll
+    for (int kk = 0; kk < kAhead; ++kk) {
+      ldmatrix(bk[kk], pieces_on(k_bar, kk));
+      ldmatrix(bq[kk], pieces_on(q_bar, kk));
+    }
+    const bool middle = slot->reference == Reference::kMiddle;
+    if (kManyRegisters ? __builtin_expect(middle, false) : middle) enter(S, slot, lane);
+    uint32_t v[4], bT[4], bM[4], b[kHeld][4];
+    float2 rk[2], leave[kHeld][2], T[2], M[2], rq[2];
+    const auto load_update = [&](int nn) {
+      ldmatrix_trans(b[nn % kHeld], pieces_on(k_tilde, nn));
+      load_pairs(leave[nn % kHeld], slot->leave + nn * 16, lane);
+    };
+    const auto load_diagonals = [&] {
+      load_pairs(T, slot->T_diagonal, lane);
+      load_pairs(M, slot->M_diagonal, lane);
+      load_pairs(rq, slot->rq, lane);
+    };
     float x[2][4] = {}, o[2][4] = {};
 #pragma unroll
     for (int kk = 0; kk < K / 16; ++kk) {
-      if (kk + 1 < K / 16) {
-        ldmatrix(bk[(kk + 1) % 2], pieces_on(k_bar, kk + 1));
-        ldmatrix(bq[(kk + 1) % 2], pieces_on(q_bar, kk + 1));
+      if (kk + kAhead < K / 16) {
+        ldmatrix(bk[(kk + kAhead) % kHeld], pieces_on(k_bar, kk + kAhead));
+        ldmatrix(bq[(kk + kAhead) % kHeld], pieces_on(q_bar, kk + kAhead));
+      } else if (kk + kAhead > K / 16) {
+        load_diagonals();
+        load_update(0);
       } else {
-        ldmatrix_trans(v, reinterpret_cast<const char*>(slot->v) +
-                              tile_offset<Cfg::VS>(rows.row, v_ / 8 + rows.piece));
+        ldmatrix_trans(
+            v,
+            reinterpret_cast<const char*>(slot->v) +
+                (kManyRegisters ? places_.v : tile_offset<Cfg::VS>(rows.row, v_ / 8 + rows.piece)));
         ldmatrix(bT, reinterpret_cast<const char*>(slot->T) + square);
         ldmatrix(bM, reinterpret_cast<const char*>(slot->M) + square);
         rk[0] = *reinterpret_cast<const float2*>(slot->rk + token);
@@ -105,18 +143,14 @@ class Chain {
       to_operand<Elem>(a, S[2 * kk], S[2 * kk + 1]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        mma<Elem>(x[half], a, bk[kk % 2][2 * half], bk[kk % 2][2 * half + 1]);
-        mma<Elem>(o[half], a, bq[kk % 2][2 * half], bq[kk % 2][2 * half + 1]);
+        mma<Elem>(x[half], a, bk[kk % kHeld][2 * half], bk[kk % kHeld][2 * half + 1]);
+        mma<Elem>(o[half], a, bq[kk % kHeld][2 * half], bq[kk % kHeld][2 * half + 1]);
       }
     }
 
-    uint32_t u[4], b[2][4];
-    float2 leave[2][2], T[2], M[2], rq[2];
-    ldmatrix_trans(b[0], pieces_on(k_tilde, 0));
-    load_pairs(leave[0], slot->leave, lane);
-    load_pairs(T, slot->T_diagonal, lane);
-    load_pairs(M, slot->M_diagonal, lane);
-    load_pairs(rq, slot->rq, lane);
+    uint32_t u[4];
+    load_update(kAhead - 1);
+    if constexpr (kAhead == 1) load_diagonals();
     {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -147,15 +181,12 @@ class Chain {
 
 #pragma unroll
     for (int nn = 0; nn < K / 16; ++nn) {
-      if (nn + 1 < K / 16) {
-        ldmatrix_trans(b[(nn + 1) % 2], pieces_on(k_tilde, nn + 1));
-        load_pairs(leave[(nn + 1) % 2], slot->leave + (nn + 1) * 16, lane);
-      }
+      if (nn + kAhead < K / 16) load_update(nn + kAhead);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int n = 2 * nn + i;
-        scale(S[n], leave[nn % 2][i]);
-        mma<Elem>(S[n], u, b[nn % 2][2 * i], b[nn % 2][2 * i + 1]);
+        scale(S[n], leave[nn % kHeld][i]);
+        mma<Elem>(S[n], u, b[nn % kHeld][2 * i], b[nn % kHeld][2 * i + 1]);
       }
     }
     uint32_t output[2][2];
@@ -226,6 +257,7 @@ class Chain {
   char* smem_;
   int lane_;
   int v_;  // the warp's first value column within the block's
+  Places places_;
 };
 
 }  // namespace flashkda::cuda::sm80::prefill

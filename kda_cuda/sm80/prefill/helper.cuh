@@ -94,7 +94,7 @@ class Helper {
  private:
   // The bits of token lane's beta. Nothing waits for them before make_tokens.
   __device__ __forceinline__ uint32_t load_beta(int chunk) const {
-    const int64_t t = int64_t{chunk} * kChunk + lane_;
+    const int64_t t = int64_t{chunk} * Cfg::kStep + lane_;
     if (lane_ >= kChunk || t >= w_.tokens) return 0;
     return load_bits(p_.beta.ptr, first_beta_ + t * p_.beta.stride_t, p_.beta.dtype);
   }
@@ -105,7 +105,7 @@ class Helper {
     const uint32_t bits = next_beta_;
     next_beta_ = load_beta(chunk + kHelpers);
     float beta = fast_beta_activation(bits_to_float(bits, p_.beta.dtype), p_.beta_mode);
-    if (int64_t{chunk} * kChunk + lane_ >= w_.tokens) beta = 0.f;
+    if (int64_t{chunk} * Cfg::kStep + lane_ >= w_.tokens) beta = 0.f;
     ptx::mbarrier_wait_idle(&barriers->raw[at.slot], at.parity);
     if (lane_ < kChunk) slot->beta[lane_] = beta;
     store_dots(slot, beta);

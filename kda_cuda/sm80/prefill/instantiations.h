@@ -12,9 +12,18 @@ namespace flashkda::cuda::sm80::prefill {
 template <class Cfg>
 cudaError_t launch_instance(const Problem& p, const Target& target, cudaStream_t stream);
 
+// The same by blocks that are apart.
+template <class Cfg>
+cudaError_t launch_apart(const Problem& p, const Target& target, void* workspace,
+                         cudaStream_t stream);
+
 #define FLASHKDA_PREFILL(Elem, K, VS)                                                             \
   template cudaError_t launch_instance<PrefillConfig<Elem, K, VS>>(const Problem&, const Target&, \
                                                                    cudaStream_t)
+
+#define FLASHKDA_PREFILL_APART(Elem)                                                         \
+  template cudaError_t launch_apart<ApartConfig<Elem>>(const Problem&, const Target&, void*, \
+                                                       cudaStream_t)
 
 extern FLASHKDA_PREFILL(__nv_bfloat16, 128, 128);
 extern FLASHKDA_PREFILL(__nv_bfloat16, 128, 64);
@@ -24,5 +33,7 @@ extern FLASHKDA_PREFILL(__half, 128, 128);
 extern FLASHKDA_PREFILL(__half, 128, 64);
 extern FLASHKDA_PREFILL(__half, 128, 32);
 extern FLASHKDA_PREFILL(__half, 64, 64);
+extern FLASHKDA_PREFILL_APART(__nv_bfloat16);
+extern FLASHKDA_PREFILL_APART(__half);
 
 }  // namespace flashkda::cuda::sm80::prefill

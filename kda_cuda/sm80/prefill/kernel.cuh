@@ -1,5 +1,5 @@
 // Prefill on any GPU from compute capability 8.0 on: one block walks one (sequence, head, slice of
-// V).
+// V) and makes its chunks (apart.cuh: with few heads, others make them).
 //
 //   chain      VS / 16 warps                      S through the chunks           (chain.cuh)
 //   helpers    2 warps, in turn                   what comes of tokens alone; T, M  (helper.cuh)

@@ -36,8 +36,9 @@ __device__ __noinline__ void load_elements(char* tile, const char* x, int64_t st
   }
 }
 
-// A lane's part of one tensor's tiles; a warp loads 32 consecutive pieces of 16 bytes at once.
-template <int ElementBytes, int Columns, bool Swizzled>
+// A lane's part of one tensor's tiles, which begin kStep tokens after each other; a warp loads 32
+// consecutive pieces of 16 bytes at once.
+template <int ElementBytes, int Columns, bool Swizzled, int kStep>
 class TileLoader {
   static constexpr int kRowBytes = ElementBytes * Columns;
   static constexpr int kPieces = kRowBytes / kPiece;
@@ -87,7 +88,7 @@ class TileLoader {
       load_elements<ElementBytes, kRowBytes, Swizzled>(
           tile, x - row * stride - lane % kPieces * kPiece, stride, rows, lane);
     }
-    piece_ += kChunk * stride;
+    piece_ += kStep * stride;
   }
 
  private:
@@ -98,6 +99,7 @@ class TileLoader {
 template <class Cfg>
 class Loader {
   static constexpr int K = Cfg::K;
+  static constexpr int kStep = Cfg::kStep;
 
  public:
   __device__ Loader(const Problem& p, const Work& w, int slots, char* smem, int lane)
@@ -114,9 +116,9 @@ class Loader {
  private:
   template <int GateBytes>
   __device__ __forceinline__ void load_all() const {
-    TileLoader<2, K, true> k(p_.k, w_, w_.h, 0, lane_), q(p_.q, w_, w_.h, 0, lane_);
-    TileLoader<GateBytes, K, GateBytes == 2> g(p_.g, w_, w_.hv, 0, lane_);
-    TileLoader<2, Cfg::VS, true> v(p_.v, w_, w_.hv, w_.v0, lane_);
+    TileLoader<2, K, true, kStep> k(p_.k, w_, w_.h, 0, lane_), q(p_.q, w_, w_.h, 0, lane_);
+    TileLoader<GateBytes, K, GateBytes == 2, kStep> g(p_.g, w_, w_.hv, 0, lane_);
+    TileLoader<2, Cfg::VS, true, kStep> v(p_.v, w_, w_.hv, w_.v0, lane_);
     Barriers* barriers = barriers_at(smem_);
     RingPosition at(0);
     int64_t left = w_.tokens;
@@ -129,11 +131,11 @@ class Loader {
       k.load(slot->k, rows, lane);
       q.load(slot->q, rows, lane);
       g.load(slot->g, rows, lane);
-      v.load(slot->v, rows, lane);
+      if constexpr (Cfg::kMakers == 0) v.load(slot->v, rows, lane);
       ptx::cp_async_arrive(&barriers->raw[at.slot]);
       ptx::mbarrier_arrive(&barriers->raw[at.slot]);
       at.advance(1, slots_);
-      left -= kChunk;
+      left -= kStep;
     }
   }
 

@@ -242,9 +242,10 @@ class Producer {
 
   __device__ void run() {
     RingPosition at(at_.group);
-    int left = static_cast<int>(w_.tokens) - at_.group * kChunk;  // 2^31 tokens fit no GPU's memory
+    // 2^31 tokens fit no GPU's memory.
+    int left = static_cast<int>(w_.tokens) - at_.group * Cfg::kStep;
 #pragma unroll 1
-    for (; left > 0; left -= Cfg::kProducers * kChunk) {
+    for (; left > 0; left -= Cfg::kProducers * Cfg::kStep) {
       // Addresses are cheaper to find again for every chunk than to keep: kept, they were spilled.
       at_.lane = ptx::opaque(at_.lane);
       at_.place = ptx::opaque(at_.place);
