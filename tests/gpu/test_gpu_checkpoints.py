@@ -8,7 +8,7 @@ from gpu_checks import DEVICE, spans
 from kda_bench.regimes import make_problem
 
 SEQLENS = (130, 0, 64, 77, 300)
-# (sequences, heads): enough blocks for each of the kernel's widths, of 128, 64 and 32 columns.
+# (sequences, heads): from a block a head to several.
 SHAPES = [((1024, 1024), 96), ((1024,), 60), ((1024,), 4)]
 
 

@@ -34,7 +34,7 @@ struct PrefillConfig {
   static constexpr int kThreads =
       32 * (kMakers > 0 ? 2 + kHelpers + kProducers * kGroupWarps : kLoaderWarp + 1);
   static_assert(K == 64 || K == 128, "a producer's warp owns 16 or 32 channels");
-  static_assert(VS == 32 || VS == 64 || VS == 128, "see the number of registers");
+  static_assert(VS == 64 || VS == 128, "see the number of registers");
 };
 
 // A is written by eight rows of lanes at once, and read four elements at a time.

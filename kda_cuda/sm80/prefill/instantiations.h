@@ -27,11 +27,9 @@ cudaError_t launch_apart(const Problem& p, const Target& target, void* workspace
 
 extern FLASHKDA_PREFILL(__nv_bfloat16, 128, 128);
 extern FLASHKDA_PREFILL(__nv_bfloat16, 128, 64);
-extern FLASHKDA_PREFILL(__nv_bfloat16, 128, 32);
 extern FLASHKDA_PREFILL(__nv_bfloat16, 64, 64);
 extern FLASHKDA_PREFILL(__half, 128, 128);
 extern FLASHKDA_PREFILL(__half, 128, 64);
-extern FLASHKDA_PREFILL(__half, 128, 32);
 extern FLASHKDA_PREFILL(__half, 64, 64);
 extern FLASHKDA_PREFILL_APART(__nv_bfloat16);
 extern FLASHKDA_PREFILL_APART(__half);

@@ -17,9 +17,7 @@ cudaError_t launch_for(const Problem& p, const Target& target, void* workspace,
                        cudaStream_t stream) {
   if (p.K == 64) return launch_instance<PrefillConfig<Elem, 64, 64>>(p, target, stream);
   if (is_apart(p, target)) return launch_apart<ApartConfig<Elem>>(p, target, workspace, stream);
-  const auto fits = [&](int slice) { return p.N * p.HV * (p.V / slice) <= target.multiprocessors; };
-  if (fits(32)) return launch_instance<PrefillConfig<Elem, 128, 32>>(p, target, stream);
-  if (fits(64) || p.V == 64)
+  if (p.V == 64 || p.N * p.HV * (p.V / 64) <= target.multiprocessors)
     return launch_instance<PrefillConfig<Elem, 128, 64>>(p, target, stream);
   return launch_instance<PrefillConfig<Elem, 128, 128>>(p, target, stream);
 }

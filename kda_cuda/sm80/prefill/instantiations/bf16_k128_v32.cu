@@ -1,8 +1,0 @@
-#include "../instantiations.h"
-#include "../kernel.cuh"
-
-namespace flashkda::cuda::sm80::prefill {
-
-FLASHKDA_PREFILL(__nv_bfloat16, 128, 32);
-
-}  // namespace flashkda::cuda::sm80::prefill
