@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Download into .whl what a GPU machine with Python 3.12, torch, triton and matplotlib lacks for the
-# tests and benchmarks: the Hub client and the peers of requirements-bench.txt.
+# tests and benchmarks: the Hub client, flash-linear-attention and the peers of requirements-bench.txt.
 # `tools/fetch_peers.sh cli` brings sigstore too, which `kernels benchmark` imports.
 # tools/on_gpu.sh installs them there.
 set -eu
@@ -13,7 +13,8 @@ PLATFORMS+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
 DOWNLOAD=(python3 -m pip download --quiet --only-binary=:all: --python-version 3.12
   --implementation cp "${PLATFORMS[@]}" -d .whl)
 mkdir -p .whl
-grep -v -e '^#' -e '^matplotlib' requirements-bench.txt >.whl/requirements.txt
+grep -h -e '^tokenspeed' -e '^nvidia' -e '^flash-linear' -e '^fla-core' requirements-bench.txt \
+  requirements-dev.txt >.whl/requirements.txt
 "${DOWNLOAD[@]}" --no-deps -r .whl/requirements.txt kernels==0.16.2 kernels-data==0.16.2 \
   tomlkit==0.15.2
 [ "${1:-}" != cli ] || "${DOWNLOAD[@]}" 'sigstore>=4,<5'
