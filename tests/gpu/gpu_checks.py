@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kda_bench.regimes import Problem
+import torch
+from kda_bench.regimes import Problem, make_problem
 from kda_bench.yardstick import kda_float64
 from torch import Tensor
 
@@ -27,6 +28,20 @@ def alone(problem: Problem, n: int, tokens: slice) -> dict:
     call |= {name: call[name][:, tokens] for name in PER_TOKEN}
     call["initial_state"] = call["initial_state"][n : n + 1]
     return call
+
+
+def assert_bits_alone(flashkda, heads: int, company: int, tokens: int) -> None:
+    """A sequence of so many tokens among `company` others, and two of these, have the bits that each
+    has alone."""
+    lengths = [1 + 37 * n % 150 for n in range(company)]
+    seqlens = (*lengths[: company // 2], tokens, *lengths[company // 2 :])
+    problem = make_problem("bounded, slow", seqlens, heads, DEVICE, seed=company)
+    o, state = flashkda.chunk_kda(**problem.arguments)
+    places = spans(seqlens)
+    for n in (0, company // 2, company):
+        o_alone, state_alone = flashkda.chunk_kda(**alone(problem, n, places[n]))
+        assert torch.equal(o[:, places[n]], o_alone), f"o of sequence {n}"
+        assert torch.equal(state[n], state_alone[0]), f"state of sequence {n}"
 
 
 def assert_right(problem: Problem, seqlens: tuple[int, ...], o: Tensor, state: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import accuracy
 import pytest
 import torch
-from gpu_checks import DEVICE, LIMIT, alone, spans
+from gpu_checks import DEVICE, LIMIT, assert_bits_alone
 from kda_bench import contenders
 from kda_bench.contenders import portable
 from kda_bench.random_problems import random_problem
@@ -140,15 +140,7 @@ def test_what_the_hopper_kernel_serves(flashkda, regime, what):
 @pytest.mark.parametrize("company", [1, 2, 9, 31, 33, 66, 131, 132, 133, 264, 700])
 def test_the_number_of_chains_changes_no_bit(flashkda, company, heads):
     """However a launch divides (sequence, head) pairs, and parts of them, among the SMs."""
-    lengths = [1 + 37 * n % 150 for n in range(company)]
-    seqlens = (*lengths[: company // 2], 203, *lengths[company // 2 :])
-    problem = make_problem("bounded, slow", seqlens, heads, DEVICE, seed=company)
-    o, state = flashkda.chunk_kda(**problem.arguments)
-    tokens = spans(seqlens)
-    for n in (0, company // 2, company):
-        o_alone, state_alone = flashkda.chunk_kda(**alone(problem, n, tokens[n]))
-        assert torch.equal(o[:, tokens[n]], o_alone), f"o of sequence {n}"
-        assert torch.equal(state[n], state_alone[0]), f"state of sequence {n}"
+    assert_bits_alone(flashkda, heads, company, 203)
 
 
 # As many heads as blocks on any SMs share, by memory of their own, on a GPU of 132 SMs.

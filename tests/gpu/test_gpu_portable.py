@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_checks import DEVICE, alone, spans
+from gpu_checks import DEVICE, assert_bits_alone
 from inputs import make
 from kda_bench.contenders import portable
 from kda_bench.regimes import make_problem
@@ -57,15 +57,7 @@ def test_few_heads_have_the_bits_of_many(flashkda, dtype, V, regime, gate):
 @pytest.mark.parametrize("heads", [1, 5])
 @pytest.mark.parametrize("company", [1, 5, 25, 26, 32, 33, 65, 66, 131])
 def test_the_number_of_chains_changes_no_bit(flashkda, company, heads):
-    lengths = [1 + 37 * n % 150 for n in range(company)]
-    seqlens = (*lengths[: company // 2], 403, *lengths[company // 2 :])
-    problem = make_problem("bounded, slow", seqlens, heads, DEVICE, seed=company)
-    o, state = flashkda.chunk_kda(**problem.arguments)
-    tokens = spans(seqlens)
-    for n in (0, company // 2, company):
-        o_alone, state_alone = flashkda.chunk_kda(**alone(problem, n, tokens[n]))
-        assert torch.equal(o[:, tokens[n]], o_alone), f"o of sequence {n}"
-        assert torch.equal(state[n], state_alone[0]), f"state of sequence {n}"
+    assert_bits_alone(flashkda, heads, company, 403)
 
 
 def test_blocks_that_are_apart_take_no_bit_along(flashkda):

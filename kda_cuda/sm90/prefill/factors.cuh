@@ -293,6 +293,7 @@ class FactorWarp {
     constexpr bool kAhead = Cfg::kHeads > 1;
     if (kAhead) load_tokens(k, q, raw, left, place);
     bool small, large = false;
+    // Once more where softplus was infinite and is not: rarely.
     while (true) {
       load_decays<G>(e, raw, left, place, large);
 #pragma unroll
