@@ -107,16 +107,17 @@ struct alignas(16) Origin {
   int half;  // the block's first value columns
 };
 
-template <class Cfg, bool kMakersOnly = Cfg::kMakersOnly>
-struct Rings {
+// Of a block that makes chunks and walks a chain.
+template <class Cfg>
+struct WholeRings {
   Slot slots[Cfg::kSlots];
   Raw raw[Cfg::kHeld][2];  // by parts
   Values<Cfg> values[Cfg::kSlots][2];
 };
 
-// Who makes chunks has no chain, and needs room for its own only.
+// Of a block that does either: who makes chunks needs room for its own only.
 template <class Cfg>
-struct Rings<Cfg, true> {
+struct PartedRings {
   union {
     struct {
       Slot slots[Cfg::kSlots];
@@ -129,8 +130,8 @@ struct Rings<Cfg, true> {
   };
 };
 
-// A chain block that makes few has the raw parts of one chunk; who helps it has no v, and room for
-// more raw parts and for its own slots, the last ones.
+// Of a chain block that makes few, which has the raw parts of one chunk; and of who helps it, which
+// has no v, and room for more raw parts and for its own slots, the last ones.
 template <class Cfg>
 struct HelpedRings {
   union {
@@ -146,7 +147,12 @@ struct HelpedRings {
 };
 
 template <class Cfg>
-struct Shared : std::conditional_t<Cfg::kHelped, HelpedRings<Cfg>, Rings<Cfg>> {
+using Rings =
+    std::conditional_t<Cfg::kMakersOnly, PartedRings<Cfg>,
+                       std::conditional_t<Cfg::kHelped, HelpedRings<Cfg>, WholeRings<Cfg>>>;
+
+template <class Cfg>
+struct Shared : Rings<Cfg> {
   Scratch scratch[kSquareWarps];
   alignas(256)
       __nv_bfloat16 o[4 * Cfg::kChainGroups][2][kPart * kPart];  // a chain warp's, on its way out
