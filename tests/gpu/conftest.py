@@ -10,6 +10,21 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
 
+from kda_bench.contenders import portable  # noqa: E402
+
+
+@pytest.fixture(params=["chosen", "portable"])
+def each_path(request):
+    """The kernels that a call gets, and those that serve every GPU, where these are others."""
+    if request.param == "chosen":
+        yield
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the portable kernels are what a call gets here")
+    else:
+        with portable():
+            yield
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from kda_bench.regimes import Problem, make_problem
 from kda_bench.yardstick import kda_float64
@@ -28,6 +30,66 @@ def alone(problem: Problem, n: int, tokens: slice) -> dict:
     call |= {name: call[name][:, tokens] for name in PER_TOKEN}
     call["initial_state"] = call["initial_state"][n : n + 1]
     return call
+
+
+def of_heads(call: dict, heads: slice) -> dict:
+    """The call for some of its heads, of which q and k have as many as v."""
+    part = dict(call)
+    for name in PER_TOKEN:
+        part[name] = call[name][:, :, heads].contiguous()
+    part["initial_state"] = call["initial_state"][:, heads].contiguous()
+    if "A_log" in call:
+        part["A_log"] = call["A_log"][heads].contiguous()
+        part["dt_bias"] = call["dt_bias"].view(len(call["A_log"]), -1)[heads].flatten()
+    return part
+
+
+def replays(flashkda, tokens: int, heads: int) -> Iterator[tuple[dict, Tensor, Tensor]]:
+    """Replays of a captured call with other inputs, after each of which a call on used memory had the
+    same bits: the arguments, o and the final state."""
+    first, second = (
+        make_problem("bounded, slow", (tokens,), heads, DEVICE, seed=seed).arguments
+        for seed in (4, 5)
+    )
+    names = (*PER_TOKEN, "A_log", "dt_bias", "initial_state")
+    call = {name: x.clone() if name in names else x for name, x in first.items()}
+    flashkda.chunk_kda(**call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, state = flashkda.chunk_kda(**call)
+    for inputs in (first, second, first):
+        for name in names:
+            call[name].copy_(inputs[name])
+        o.fill_(torch.nan)
+        state.fill_(torch.nan)
+        graph.replay()
+        memory = torch.full((256 << 20,), 255, dtype=torch.uint8, device=DEVICE)
+        del memory
+        o_eager, state_eager = flashkda.chunk_kda(**call)
+        assert torch.equal(o, o_eager) and torch.equal(state, state_eager)
+        yield call, o, state
+
+
+def assert_bits_on_streams(flashkda, heads: int) -> None:
+    """No block waits for one that cannot start: calls that want all SMs, at the same time."""
+    calls = [
+        make_problem("bounded, slow", (1300 + 64 * n,), heads, DEVICE, seed=n).arguments
+        for n in range(4)
+    ]
+    expected = [flashkda.chunk_kda(**call) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    same = torch.ones((), dtype=torch.bool, device=DEVICE)
+    for _ in range(50):
+        results = []
+        for stream, call in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(flashkda.chunk_kda(**call))
+        torch.cuda.synchronize()
+        for (o, state), (o_ref, state_ref) in zip(results, expected, strict=True):
+            same &= (o == o_ref).all() & (state == state_ref).all()
+    assert bool(same)
 
 
 def assert_bits_alone(flashkda, heads: int, company: int, tokens: int) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import accuracy
 import pytest
 import torch
-from gpu_checks import DEVICE, LIMIT, assert_bits_alone
+from gpu_checks import (
+    DEVICE,
+    LIMIT,
+    assert_bits_alone,
+    assert_bits_on_streams,
+    of_heads,
+    replays,
+)
 from kda_bench import contenders
 from kda_bench.contenders import portable
 from kda_bench.random_problems import random_problem
@@ -149,58 +156,15 @@ APART = 32
 
 def test_blocks_that_are_apart_take_no_bit_along(flashkda):
     """The same bits on fresh and on used memory, in a graph too, as with few heads at a time."""
-    first, second = (
-        make_problem("bounded, slow", (1300,), APART, DEVICE, seed=seed).arguments
-        for seed in (4, 5)
-    )
-    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
-    call = {name: x.clone() if name in names else x for name, x in first.items()}
-    flashkda.chunk_kda(**call)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        o, state = flashkda.chunk_kda(**call)
-    for inputs in (first, second, first):
-        for name in names:
-            call[name].copy_(inputs[name])
-        o.fill_(torch.nan)
-        state.fill_(torch.nan)
-        graph.replay()
-        memory = torch.full((256 << 20,), 255, dtype=torch.uint8, device=DEVICE)
-        del memory
-        o_eager, state_eager = flashkda.chunk_kda(**call)
-        assert torch.equal(o, o_eager) and torch.equal(state, state_eager)
+    for call, o, state in replays(flashkda, 1300, APART):
         for half in (slice(0, APART // 2), slice(APART // 2, APART)):
-            of_heads = {"A_log": 0, "initial_state": 1}
-            part = dict(call)
-            for name in set(names) - {"dt_bias"}:
-                heads = (slice(None),) * of_heads.get(name, 2) + (half,)
-                part[name] = call[name][heads].contiguous()
-            part["dt_bias"] = call["dt_bias"].view(APART, -1)[half].flatten()
-            o_half, state_half = flashkda.chunk_kda(**part)
+            o_half, state_half = flashkda.chunk_kda(**of_heads(call, half))
             assert torch.equal(o[:, :, half], o_half)
             assert torch.equal(state[:, half], state_half)
 
 
 def test_blocks_that_are_apart_on_several_streams(flashkda):
-    """No block waits for one that cannot start: calls that want all SMs, at the same time."""
-    calls = [
-        make_problem("bounded, slow", (1300 + 64 * n,), APART, DEVICE, seed=n).arguments
-        for n in range(4)
-    ]
-    expected = [flashkda.chunk_kda(**call) for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    torch.cuda.synchronize()
-    same = torch.ones((), dtype=torch.bool, device=DEVICE)
-    for _ in range(50):
-        results = []
-        for stream, call in zip(streams, calls, strict=True):
-            with torch.cuda.stream(stream):
-                results.append(flashkda.chunk_kda(**call))
-        torch.cuda.synchronize()
-        for (o, state), (o_ref, state_ref) in zip(results, expected, strict=True):
-            same &= (o == o_ref).all() & (state == state_ref).all()
-    assert bool(same)
+    assert_bits_on_streams(flashkda, APART)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "out"])

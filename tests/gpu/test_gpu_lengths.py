@@ -9,6 +9,8 @@ import torch
 from gpu_checks import DEVICE, alone, assert_right, spans
 from kda_bench.regimes import make_problem
 
+pytestmark = pytest.mark.usefixtures("each_path")
+
 REGIMES = ("bounded, usual", "bounded, slow", "softplus, steep", "given, -1e-4 beside -1000")
 
 
