@@ -92,13 +92,9 @@ cudaError_t launch_apart(const Problem& p, const Target& target, void* workspace
   cudaError_t error = allow_smem<apart_kernel<Cfg>>(smem, target.device);
   if (error != cudaSuccess) return error;
   const int64_t heads = p.N * p.HV;
-  const Workspace<Cfg> layout(heads);
-  char* const begin = static_cast<char*>(workspace);
-  error = cudaMemsetAsync(begin, 0, layout.chunks, stream);
+  Stock<Cfg> stock;
+  error = ApartLayout<Cfg>(heads).lay_out(workspace, stream, &stock);
   if (error != cudaSuccess) return error;
-  const Stock<Cfg> stock = {reinterpret_cast<unsigned*>(begin),
-                            reinterpret_cast<StockFlags*>(begin) + 1,
-                            reinterpret_cast<StockChunk<Cfg>*>(begin + layout.chunks)};
   const int64_t blocks = heads * (Cfg::kMakers + p.V / Cfg::VS);
   apart_kernel<Cfg><<<static_cast<unsigned>(blocks), Cfg::kThreads, smem, stream>>>(
       p, stock, slots, std::min(slots, kReaderSlots));

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../../common/params.h"
+#include "../../common/stock.h"
 
 namespace flashkda::cuda::sm80::prefill {
 
@@ -141,15 +142,8 @@ struct Stock {
   }
 };
 
-// Where these lie: what begins at zero comes first.
 template <class Cfg>
-struct Workspace {
-  int64_t chunks, bytes;  // where the chunks begin, and the end
-
-  explicit Workspace(int64_t heads)
-      : chunks((heads + 1) * static_cast<int64_t>(sizeof(StockFlags))),
-        bytes(chunks + heads * kStock * static_cast<int64_t>(sizeof(StockChunk<Cfg>))) {}
-};
+using ApartLayout = StockLayout<StockFlags, StockChunk<Cfg>, kStock>;
 
 template <class Cfg>
 int count_slots(size_t smem_limit) {

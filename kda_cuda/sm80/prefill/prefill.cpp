@@ -25,7 +25,7 @@ cudaError_t launch_for(const Problem& p, const Target& target, void* workspace,
 }  // namespace
 
 int64_t workspace_bytes(const Problem& p, const Target& target) {
-  return is_apart(p, target) ? Workspace<ApartConfig<__nv_bfloat16>>(p.N * p.HV).bytes : 0;
+  return is_apart(p, target) ? ApartLayout<ApartConfig<__nv_bfloat16>>(p.N * p.HV).bytes() : 0;
 }
 
 cudaError_t launch(const Problem& p, const Target& target, void* workspace, cudaStream_t stream) {

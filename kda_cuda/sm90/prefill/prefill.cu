@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "../../common/stock.h"
 #include "instantiations.h"
 #include "maps.h"
 #include "prefill.h"
@@ -83,25 +84,14 @@ Way choose(const Problem& p, const Target& target) {
       ->second;
 }
 
-// What `launch` puts into its workspace: the flags first, which begin at zero.
-struct Workspace {
-  int64_t chunks, bytes;  // where they begin, and the end
-
-  explicit Workspace(int64_t teams)
-      : chunks((sizeof(StockFlags) * (teams + 1) + alignof(Slot) - 1) / alignof(Slot) *
-               alignof(Slot)),
-        bytes(chunks + teams * kStock * static_cast<int64_t>(sizeof(Slot))) {}
-};
+using Layout = StockLayout<StockFlags, Slot, kStock>;
 
 cudaError_t launch_apart(const Problem& p, const Target& target, void* workspace,
                          cudaStream_t stream) {
   const int64_t heads = p.N * p.HV;
-  const Workspace layout(heads);
-  char* const begin = static_cast<char*>(workspace);
-  const cudaError_t error = cudaMemsetAsync(begin, 0, layout.chunks, stream);
+  Stock stock;
+  const cudaError_t error = Layout(heads).lay_out(workspace, stream, &stock);
   if (error != cudaSuccess) return error;
-  const Stock stock = {reinterpret_cast<unsigned*>(begin), reinterpret_cast<StockFlags*>(begin) + 1,
-                       reinterpret_cast<Slot*>(begin + layout.chunks)};
   return launch_heads<Apart>(p, target, stream, {0, heads, false, stock});
 }
 
@@ -113,7 +103,7 @@ bool serves(const Problem& p, const Target& target) {
 }
 
 int64_t workspace_bytes(const Problem& p, const Target& target) {
-  return choose(p, target) == Way::kApart ? Workspace(p.N * p.HV).bytes : 0;
+  return choose(p, target) == Way::kApart ? Layout(p.N * p.HV).bytes() : 0;
 }
 
 cudaError_t launch(const Problem& p, const Target& target, void* workspace, cudaStream_t stream) {
