@@ -86,7 +86,7 @@ def readme_layer(result: dict) -> list[str]:
     lines = [
         "One KDA layer of Kimi-Linear-48B in transformers (bf16), prefill, with its KDA call from this",
         "package, from flash-linear-attention, and from transformers' own torch code",
-        "(`benchmarks/layer.py`):",
+        f"(`benchmarks/layer.py` at commit {(result['commit'] or 'unknown')[:7]}):",
         "",
         f"| tokens | {' | '.join(variants)} |",
         f"|---|{'---:|' * len(variants)}",
