@@ -64,7 +64,7 @@ nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader
 for name in "${PARTS[@]}"; do
   case $name in
     # Several processes: the float64 references of tests/ run on the CPU.
-    tests) OMP_NUM_THREADS=2 part tests 240 python3 -m pytest -q -n 6 -m gpu --durations=10 \
+    tests) OMP_NUM_THREADS=2 part tests 240 python3 -m pytest -q -n 6 -m gpu -rs --durations=10 \
       --continue-on-collection-errors --timeout 200 tests ;;
     hopper) part hopper 240 python3 -m pytest -q -n 6 --durations=5 -rP --timeout 200 \
       tests/gpu/test_gpu_hopper.py ;;
