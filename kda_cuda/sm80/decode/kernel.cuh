@@ -11,7 +11,7 @@
 #include "params.h"
 #include "rows.cuh"
 #include "state.cuh"
-#include "sums.cuh"
+#include "step.cuh"
 #include "tokens.cuh"
 
 namespace flashkda::cuda::sm80::decode {
@@ -43,67 +43,6 @@ __device__ __forceinline__ Item find_item(const Params& p, uint32_t n) {
     item.length = within ? static_cast<int>(end - item.begin) : 0;
   }
   return item;
-}
-
-struct Scratch {
-  float k_S[kWarps][kSliceV], q_S[kWarps][kSliceV];  // sums over a warp's channels, of [K, V]
-};
-
-// One token. Between two steps that use `scratch` is a barrier.
-template <DType kIn, int K, class Token>
-__device__ __forceinline__ void step(StateSlice<kIn, K, false>& state, const Token& token,
-                                     const Params& p, int64_t o_at, Scratch& scratch) {
-  using Slice = StateSlice<kIn, K, false>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  RowSums<Slice> sums;
-  static_assert(sums.kOwn == 1, "as many sums as lanes that share them");
-#pragma unroll
-  for (int run = 0; run < Slice::kRuns; ++run) {
-    const int first = run * Slice::kRun, channel = Slice::row(first);
-    float growth[Slice::kRun], k[Slice::kRun], q[Slice::kRun];
-    load_adjacent(growth, token.growth + channel);
-    load_adjacent(k, token.k + channel);
-    load_adjacent(q, token.q + channel);
-#pragma unroll
-    for (int i = 0; i < Slice::kRun; ++i) {
-#pragma unroll
-      for (float& x : state.s[first + i]) x = decayed(x, growth[i]);
-      sums.add(run, state.s[first + i], k[i], q[i]);
-    }
-  }
-  sums.sum_over_warp();
-  scratch.k_S[warp][sums.own()] = sums.k[0][0];
-  scratch.q_S[warp][sums.own()] = sums.q[0][0];
-  __syncthreads();
-
-  // From here on a lane stands for one column of the slice, in every warp.
-  const Column column =
-      finish_column(p, norms_of(token, p.l2norm), token.beta, token.v[lane],
-                    sum_of_warps(scratch.k_S, lane), sum_of_warps(scratch.q_S, lane));
-  if (warp == 0) store_float(p.o.ptr, o_at + lane, static_cast<DType>(p.dtype), column.o);
-  float ku[Slice::kWidth];
-#pragma unroll
-  for (int j = 0; j < Slice::kWidth; ++j) {
-    ku[j] = __shfl_sync(~0u, column.ku, Slice::column() + j);
-  }
-#pragma unroll
-  for (int first = 0; first < Slice::kVectors; first += Slice::kRun) {
-    float k[Slice::kRun];
-    load_adjacent(k, token.k + Slice::row(first));
-#pragma unroll
-    for (int i = 0; i < Slice::kRun; ++i) {
-#pragma unroll
-      for (int j = 0; j < Slice::kWidth; ++j) {
-        state.s[first + i][j] = fmaf(k[i], ku[j], state.s[first + i][j]);
-      }
-    }
-  }
-}
-
-template <DType kIn, int K, class Token>
-__device__ __forceinline__ void step(StateSlice<kIn, K, true>& state, const Token& token,
-                                     const Params& p, int64_t o_at, Scratch&) {
-  step_on_rows<StateSlice<kIn, K, true>>(state.s, 0, token, norms_of(token, p.l2norm), p, o_at);
 }
 
 template <DType kIn, int K, bool kVFirst>
