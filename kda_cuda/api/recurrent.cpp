@@ -36,7 +36,8 @@ Pool moved(Pool pool, const Addresses& x) {
 
 void run(const Problem& p, const Pool& pool, int device) {
   const Launch launch(device);
-  check_launch(sm80::decode::launch(p, pool, launch.stream()), "fused_recurrent_kda", device);
+  check_launch(sm80::decode::launch(p, pool, target_of(device), launch.stream()),
+               "fused_recurrent_kda", device);
 }
 
 void recurrent(const Problem& p, const Pool& pool, const Tensor& q) {

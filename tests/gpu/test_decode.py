@@ -117,11 +117,12 @@ def test_long_prefills_and_single_tokens_in_one_call(flashkda):
 
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_v_first", [False, True])
-def test_a_captured_step_with_other_rows(flashkda, state_v_first, state):
+@pytest.mark.parametrize("HV", [4, 64])
+def test_a_captured_step_with_other_rows(flashkda, HV, state_v_first, state):
     """One token a sequence and a padded pool: rows, -1 and what is out of range, on the device."""
     N, P = 7, 20
     call = make(
-        3, B=N, T=1, HV=4, K=128, V=128, gate="bounded", beta="sigmoid", state=state,
+        3, B=N, T=1, HV=HV, K=128, V=128, gate="bounded", beta="sigmoid", state=state,
         state_v_first=state_v_first, device=DEVICE,
     )  # fmt: skip
     memory = torch.randn(P, 2, *call["initial_state"].shape[1:], device=DEVICE).to(state)

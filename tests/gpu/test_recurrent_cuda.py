@@ -206,11 +206,30 @@ def test_states_may_lie_anywhere(flashkda, state_v_first, padding, offset, state
     assert torch.equal(memory, before)
 
 
-# One token a sequence with K = V has a kernel of its own for each of these.
+# One token a sequence with K = V has two kernels of its own for each of these: for few heads of
+# sequences, and for more.
 ONE_TOKEN = pytest.mark.parametrize(
     "K, state_v_first, state",
     list(product((64, 128), (False, True), (torch.float32, torch.bfloat16))),
 )
+
+
+def most_few(V: int) -> int:
+    """How many heads of sequences are few: 8 blocks of 32 columns of V a multiprocessor hold them."""
+    blocks = 8 * torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    return blocks // (V // 32)
+
+
+def crowd(call: dict) -> dict:
+    """The call's sequences again and again, until they are more than few."""
+    B, _, HV, V = call["v"].shape
+    copies = most_few(V) // (B * HV) + 1
+    names = [name for name in (*TOKENS, "initial_state") if name in call]
+    return {**call, **{name: torch.cat([call[name]] * copies) for name in names}}
+
+
+def are_copies(x: Tensor, one: Tensor) -> bool:
+    return len(x) > len(one) and all(torch.equal(part, one) for part in x.split(len(one)))
 
 
 @ONE_TOKEN
@@ -226,12 +245,35 @@ def test_one_token_in_every_combination(flashkda, poisoned, gate, K, state_v_fir
             beta_dtype=(dtype, torch.float32)[seed // 2 % 2], state_v_first=state_v_first,
             scale=(None, 0.3)[seed % 2], device=DEVICE,
         )  # fmt: skip
-        check(flashkda, call)
+        o, final_state = check(flashkda, call)
+        o_crowd, state_crowd = flashkda.fused_recurrent_kda(**crowd(call))
+        assert are_copies(o_crowd, o) and are_copies(state_crowd, final_state)
         if seed % 8 == 0:
             del call["initial_state"]
             o, final_state = check(flashkda, call)
-            o_only, _ = flashkda.fused_recurrent_kda(**{**call, "output_final_state": False})
-            assert torch.equal(o, o_only) and final_state.dtype == torch.float32
+            assert final_state.dtype == torch.float32
+            o_crowd, state_crowd = flashkda.fused_recurrent_kda(**crowd(call))
+            assert are_copies(o_crowd, o) and are_copies(state_crowd, final_state)
+            for some, of_some in ((call, o), (crowd(call), o_crowd)):
+                o_only, _ = flashkda.fused_recurrent_kda(**{**some, "output_final_state": False})
+                assert torch.equal(o_only, of_some)
+
+
+@ONE_TOKEN
+def test_one_token_on_either_side_of_the_choice(flashkda, poisoned, K, state_v_first, state):
+    """As many sequences as are few, one more, and one alone: the same bits."""
+    HV = 4
+    N = most_few(K) // HV
+    call = make(
+        17, B=N + 1, T=1, H=2, HV=HV, K=K, V=K, gate="bounded", beta="sigmoid", state=state,
+        state_v_first=state_v_first, device=DEVICE,
+    )  # fmt: skip
+    o, after = flashkda.fused_recurrent_kda(**call)
+    for part in (slice(0, N), slice(1, N + 1), slice(N, N + 1)):
+        few = {name: call[name][part] for name in (*TOKENS, "initial_state")}
+        o_few, after_few = flashkda.fused_recurrent_kda(**{**call, **few})
+        assert torch.equal(o[part], o_few) and torch.equal(after[part], after_few)
+    assert_right(flashkda, alone(call, N), o[N:], after[N:])
 
 
 @ONE_TOKEN
@@ -249,6 +291,9 @@ def test_one_token_in_any_company(flashkda, poisoned, K, state_v_first, state):
     for n in range(N):
         o_n, after_n = flashkda.fused_recurrent_kda(**alone(call, n))
         assert torch.equal(o_n[0], o[n]) and torch.equal(after_n[0], after[n])
+    many = crowd(call)
+    o_many, _ = flashkda.fused_recurrent_kda(**many, inplace_final_state=True)
+    assert are_copies(o_many, o) and are_copies(many["initial_state"], after)
     packed = {name: call[name].transpose(0, 1).contiguous() for name in TOKENS}
     packed["cu_seqlens"] = torch.arange(N + 1, device=DEVICE)
     o_packed, after_packed = flashkda.fused_recurrent_kda(**{**call, **packed})
@@ -267,13 +312,16 @@ def test_one_token_in_any_company(flashkda, poisoned, K, state_v_first, state):
 
 @ONE_TOKEN
 @pytest.mark.parametrize("in_place", [True, False])
-def test_one_token_from_a_pool(flashkda, poisoned, in_place, K, state_v_first, state):
+@pytest.mark.parametrize("many", [False, True])
+def test_one_token_from_a_pool(flashkda, poisoned, many, in_place, K, state_v_first, state):
     """Rows of a pool, zero where -1, NaN where out of range; all other memory keeps its bits."""
     P = 11
     rows = [7, -1, 0, P, 10, -2, 2**31 - 1, -(2**31)]
+    # A sequence alone has few heads in any case.
+    HV = 2 * (most_few(K) // (2 * len(rows)) + 1) if many else 4
     for index_dtype in (torch.int32, torch.int64):
         call = make(
-            15, B=len(rows), T=1, HV=4, K=K, V=K, gate="bounded", beta="sigmoid", state=state,
+            15, B=len(rows), T=1, HV=HV, K=K, V=K, gate="bounded", beta="sigmoid", state=state,
             state_v_first=state_v_first, device=DEVICE,
         )  # fmt: skip
         memory, pool = pool_like(P, call["initial_state"], 16, 8)
@@ -302,10 +350,13 @@ def test_one_token_from_a_pool(flashkda, poisoned, in_place, K, state_v_first, s
 
 @ONE_TOKEN
 @pytest.mark.parametrize("name", [*TOKENS, "initial_state"])
-def test_nan_of_one_token_stays_in_its_head(flashkda, name, K, state_v_first, state):
+@pytest.mark.parametrize("many", [False, True])
+def test_nan_of_one_token_stays_in_its_head(flashkda, many, name, K, state_v_first, state):
     call = make(
         16, B=3, T=1, H=3, K=K, V=K, state=state, state_v_first=state_v_first, device=DEVICE
     )
+    if many:
+        call = crowd(call)
     o_ref, state_ref = flashkda.fused_recurrent_kda(**call)
     x = call[name][1, 1] if name == "initial_state" else call[name][1, 0, 1]
     x.view(-1)[0] = torch.nan
@@ -491,15 +542,17 @@ def test_tokens_past_two_to_the_31_elements(flashkda):
 
 
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
-def test_pool_past_two_to_the_31_elements(flashkda, state):
-    call = make(12, B=2, T=1, H=32, K=128, V=128, state=state, device=DEVICE)
+@pytest.mark.parametrize("many", [False, True])
+def test_pool_past_two_to_the_31_elements(flashkda, many, state):
+    N, H = (most_few(128) // 32 + 1 if many else 2), 32
+    call = make(12, B=N, T=1, H=H, K=128, V=128, state=state, device=DEVICE)
     row_size = call["initial_state"][0].numel()
     P = 2**31 // row_size + 8
     if torch.cuda.mem_get_info()[0] < P * row_size * 5:
         pytest.skip("needs 11 GB of free device memory")
     o_ref, state_ref = check(flashkda, call)
     pool = torch.zeros(P, *call["initial_state"].shape[1:], dtype=state, device=DEVICE)
-    rows = torch.tensor([P - 1, P - 3], device=DEVICE)
+    rows = P - 1 - 2 * torch.arange(N, device=DEVICE)
     pool[rows] = call["initial_state"]
     o, _ = flashkda.fused_recurrent_kda(
         **{**call, "initial_state": pool}, ssm_state_indices=rows, inplace_final_state=True

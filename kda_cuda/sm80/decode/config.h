@@ -17,4 +17,7 @@ constexpr int kBlocksPerSM = 5;  // which is what bounds a block's registers
 constexpr int kOneTokenColumns = 64;  // pieces of at least 128 bytes of a row of [K, V]
 constexpr int kOneTokenBlocks = 5;    // a SM
 
+// One token of few sequences: of no more slices of kSliceV columns than fit the GPU at once.
+constexpr int kFewBlocks = 8;  // a SM
+
 }  // namespace flashkda::cuda::sm80::decode

@@ -7,6 +7,7 @@
 #include "kernel.cuh"
 #include "launch.h"
 #include "one_token.cuh"
+#include "one_token_few.cuh"
 
 namespace flashkda::cuda::sm80::decode {
 namespace {
@@ -72,48 +73,60 @@ dim3 blocks_for(const Problem& p, int columns) {
               static_cast<unsigned>((p.N + kRows - 1) / kRows));
 }
 
+// All slices of kSliceV columns have a place on the GPU at once.
+bool are_few(const Problem& p, const Target& target) {
+  return p.N * p.HV * (p.V / kSliceV) <= int64_t{kFewBlocks} * target.multiprocessors;
+}
+
 template <DType kState, int K, bool kVFirst>
-cudaError_t launch_one_token(const Problem& p, const Params& params, cudaStream_t stream) {
+cudaError_t launch_one_token(const Problem& p, const Params& params, const Target& target,
+                             cudaStream_t stream) {
+  if (are_few(p, target)) {
+    one_token_few_kda_kernel<kState, K, kVFirst>
+        <<<blocks_for(p, kSliceV), kThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  }
   constexpr auto kKernel = one_token_kda_kernel<kState, K, kVFirst>;
   // The states wait in shared memory: without as much of it as there is, too few blocks do.
   static std::atomic<bool> configured[kMaxDevices];
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (device < kMaxDevices && !configured[device].load(std::memory_order_acquire)) {
+  if (!configured[target.device].load(std::memory_order_acquire)) {
     const cudaError_t error = cudaFuncSetAttribute(
         kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;
-    configured[device].store(true, std::memory_order_release);
+    configured[target.device].store(true, std::memory_order_release);
   }
   kKernel<<<blocks_for(p, kOneTokenColumns), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
 template <DType kIn, int K, bool kVFirst>
-cudaError_t choose_kernel(const Problem& p, const Params& params, cudaStream_t stream) {
+cudaError_t choose_kernel(const Problem& p, const Params& params, const Target& target,
+                          cudaStream_t stream) {
   const bool states_fit =
       (p.initial_state.ptr == nullptr || params.initial_aligned) &&
       (p.final_state.ptr == nullptr || (params.final_aligned && p.final_state.dtype == kIn));
   if (p.T == 1 && p.cu_seqlens == nullptr && !params.per_token && p.V == K && states_fit) {
-    return launch_one_token<kIn, K, kVFirst>(p, params, stream);
+    return launch_one_token<kIn, K, kVFirst>(p, params, target, stream);
   }
   recurrent_kda_kernel<kIn, K, kVFirst><<<blocks_for(p, kSliceV), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
 template <DType kIn, int K>
-cudaError_t choose_layout(const Problem& p, const Params& params, cudaStream_t stream) {
-  return p.state_v_first ? choose_kernel<kIn, K, true>(p, params, stream)
-                         : choose_kernel<kIn, K, false>(p, params, stream);
+cudaError_t choose_layout(const Problem& p, const Params& params, const Target& target,
+                          cudaStream_t stream) {
+  return p.state_v_first ? choose_kernel<kIn, K, true>(p, params, target, stream)
+                         : choose_kernel<kIn, K, false>(p, params, target, stream);
 }
 
 template <DType kIn>
-cudaError_t choose_k(const Problem& p, const Params& params, cudaStream_t stream) {
+cudaError_t choose_k(const Problem& p, const Params& params, const Target& target,
+                     cudaStream_t stream) {
   switch (p.K) {
     case 64:
-      return choose_layout<kIn, 64>(p, params, stream);
+      return choose_layout<kIn, 64>(p, params, target, stream);
     case 128:
-      return choose_layout<kIn, 128>(p, params, stream);
+      return choose_layout<kIn, 128>(p, params, target, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -121,7 +134,7 @@ cudaError_t choose_k(const Problem& p, const Params& params, cudaStream_t stream
 
 }  // namespace
 
-cudaError_t launch(const Problem& p, const Pool& pool, cudaStream_t stream) {
+cudaError_t launch(const Problem& p, const Pool& pool, const Target& target, cudaStream_t stream) {
   if (p.N == 0) return cudaSuccess;
   // Elements of a row of states are counted in 32 bits, and SmallDivider has its limit.
   if ((p.V != 64 && p.V != 128) || p.HV >= (1 << 15) || p.N > INT32_MAX) {
@@ -129,8 +142,8 @@ cudaError_t launch(const Problem& p, const Pool& pool, cudaStream_t stream) {
   }
   const Params params = pack(p, pool);
   const DType in = p.initial_state.ptr != nullptr ? p.initial_state.dtype : p.final_state.dtype;
-  return in == DType::kF32 ? choose_k<DType::kF32>(p, params, stream)
-                           : choose_k<DType::kBF16>(p, params, stream);
+  return in == DType::kF32 ? choose_k<DType::kF32>(p, params, target, stream)
+                           : choose_k<DType::kBF16>(p, params, target, stream);
 }
 
 }  // namespace flashkda::cuda::sm80::decode

@@ -3,7 +3,7 @@
 //
 //   u = beta (v - S'^T k)    S = S' + k u^T    o = scale S^T q = scale (S'^T q + (q.k) u)
 //
-// so that all sums over K are taken at once. Both kernels call these functions and so have the same
+// so that all sums over K are taken at once. All kernels call these functions and so have the same
 // bits: of [K, V] a run of rows is summed in order, the eight runs of a warp as a tree, the warps
 // in order; of [V, K] a vector in order, the lanes of a row as a tree.
 #pragma once

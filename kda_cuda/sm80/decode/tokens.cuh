@@ -86,7 +86,7 @@ class TokenReader {
         token.q[d] = q;
         token.k[d] = k;
         token.growth[d] = expm1f(log_decay(g, gate));
-        // Never fused with the first sum, so that both kernels have the same bits.
+        // Never fused with the first sum, so that all kernels have the same bits.
         float products[4] = {__fmul_rn(k, k), __fmul_rn(q, q), __fmul_rn(q, k), 0.f};
         const float sum = spread_sum(products, d % 32, 1, 32);
         if (d % 32 < 4) reinterpret_cast<float*>(&token.norms[d / 32])[d % 32] = sum;
