@@ -22,6 +22,11 @@ struct ElementTraits<__nv_bfloat16> {
   static __device__ __forceinline__ float2 unpack(uint32_t x) {
     return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
   }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t x, uint32_t y) {
+    const __nv_bfloat162 product =
+        __hmul2(reinterpret_cast<__nv_bfloat162&>(x), reinterpret_cast<__nv_bfloat162&>(y));
+    return reinterpret_cast<const uint32_t&>(product);
+  }
   static __device__ __forceinline__ __nv_bfloat16 from_float(float x) {
     return __float2bfloat16_rn(x);
   }

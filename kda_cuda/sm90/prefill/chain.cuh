@@ -521,7 +521,7 @@ class Chain {
   __device__ __forceinline__ void load_values(uint32_t (&v)[4], int at, int part) const {
     __builtin_assume(warp_ >= 0);
     const LanePosition rows = by_row(lane_);
-    ptx::ldmatrix_trans_at(v, at_of(s_.values[at][part].v[warp_ / 4]) +
+    ptx::ldmatrix_trans_at(v, at_of(s_.values[at].v[warp_ / 4]) + part * kPart * kRowBytes +
                                   (row_offset(rows.row, rows.piece) ^ warp_ % 4 * 2 * kPiece));
   }
 

@@ -33,9 +33,19 @@ template <class Cfg, Gate kGate>
 class FactorWarp {
   static constexpr int kSpan = 4;  // tokens of a lane
   static constexpr int kOwn = 4;   // channels of a lane
+  static constexpr int kTile = kChunk * kRowBytes;
+
+  // Where a block has two factor warpgroups, lanes have registers to keep what they need of a gate.
+  static constexpr bool kKeepsGate = Cfg::kFactorGroups > 1;
 
   using Decays = float[kSpan][kOwn];
   using Bits = uint2[kSpan];  // of four 16-bit elements a token
+
+  // Of a head's gate, for the lane's channels.
+  struct LaneGate {
+    DecayParams params;
+    float shift[kOwn];
+  };
 
  public:
   __device__ FactorWarp(const Problem& p, const Work& w, Shared<Cfg>& s, int rank, int group,
@@ -48,7 +58,7 @@ class FactorWarp {
         lane_(lane),
         tokens_(static_cast<int>(w.tokens)),
         chunks_(w.chunks) {
-    load_head(w.hv);
+    if constexpr (kKeepsGate) gate_ = lane_gate(s.gate);
   }
 
   __device__ void run() {
@@ -64,11 +74,16 @@ class FactorWarp {
     return ptx::smem_address(part);
   }
 
-  __device__ __forceinline__ void load_head(int hv) {
-    params_ = load_decay_params(p_, hv);
-#pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
-      shift_[c] = load_shift(p_, params_, hv, warp_ * kQuarter + lane_ % 8 * kOwn + c);
+  __device__ __forceinline__ LaneGate lane_gate(const HeadGate& gate) const {
+    const float4 y = gate.shift[warp_ * (kQuarter / kOwn) + lane_ % 8];
+    return {gate.params, {y.x, y.y, y.z, y.w}};
+  }
+
+  __device__ __forceinline__ LaneGate gate_of(const Turn<Cfg>& turn) const {
+    if constexpr (kKeepsGate) {
+      return gate_;
+    } else {
+      return lane_gate(Cfg::kHeads > 1 && !has_chain<Cfg>(rank_) ? s_.gates[turn.head()] : s_.gate);
     }
   }
 
@@ -85,9 +100,6 @@ class FactorWarp {
     for (int c; (c = turn.chunk()) < chunks_;) {
       // Addresses are cheaper to find again for every chunk than to keep.
       lane_ = ptx::opaque_lane(lane_);
-      if constexpr (Cfg::kHeads > 1) {
-        if (!has_chain<Cfg>(rank_)) load_head(s_.origins[turn.head()].hv);
-      }
 #pragma unroll 1
       for (; part < 2; part += groups) {
         make<G>(part, tokens_ - c * kChunk - part * kPart, use, turn);
@@ -101,14 +113,14 @@ class FactorWarp {
     }
   }
 
-  // Where the lane's tokens lie, in tiles and in fp32 quarters of 128-byte rows. Four rows on, the
-  // swizzle differs in its third bit: neighbouring spans meet in no bank.
+  // Where the lane's tokens of a part lie, in tiles and in fp32 quarters of 128-byte rows. Four
+  // rows on, the swizzle differs in its third bit: neighbouring spans meet in no bank.
   struct Place {
     int corner, piece, quarter_piece;
 
-    __device__ __forceinline__ Place(int lane, int warp) {
+    __device__ __forceinline__ Place(int lane, int warp, int part) {
       const int span = lane / 8;
-      corner = span * kSpan * kRowBytes;
+      corner = (part * kPart + span * kSpan) * kRowBytes;
       piece = ((warp % 2 * 4 + lane % 8 / 2) ^ (span % 2 * 4)) * kPiece + lane % 2 * 8;
       quarter_piece = (lane % 8 ^ (span % 2 * 4)) * kPiece;
     }
@@ -145,11 +157,17 @@ class FactorWarp {
                                                   Bf16::pack(x[2] * factor[2], x[3] * factor[3]));
   }
 
+  // The same by factors that are rounded already: two products an instruction.
+  static __device__ __forceinline__ void store(char* place, uint2 x, uint2 factor) {
+    *reinterpret_cast<uint2*>(place) =
+        make_uint2(Bf16::multiply(x.x, factor.x), Bf16::multiply(x.y, factor.y));
+  }
+
   // The gate's inputs of the lane's tokens.
   template <class G>
   __device__ __forceinline__ void load_gate(Decays& e, const Raw& raw, const Place& place) const {
     if constexpr (sizeof(G) == 4) {
-      const char* quarter = raw.g + warp_ * sizeof(raw.k[0]);
+      const char* quarter = raw.g + warp_ * kTile;
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) {
         const float4 y = *reinterpret_cast<const float4*>(quarter + place.wide(i));
@@ -159,7 +177,7 @@ class FactorWarp {
         e[i][3] = y.w;
       }
     } else {
-      const char* g = raw.g + warp_ / 2 * sizeof(raw.k[0]);
+      const char* g = raw.g + warp_ / 2 * kTile;
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) unpack(e[i], *reinterpret_cast<const uint2*>(g + place(i)));
     }
@@ -169,9 +187,11 @@ class FactorWarp {
   // inputs too, which is infinite otherwise.
   template <class G>
   __device__ __forceinline__ void load_decays(Decays& e, const Raw& raw, int left,
-                                              const Place& place, bool large) const {
+                                              const Place& place, const LaneGate& gate,
+                                              bool large) const {
     load_gate<G>(e, raw, place);
-    const auto input = [&](float x, int c) { return params_.slope * x + shift_[c]; };
+    const DecayParams& params = gate.params;
+    const auto input = [&](float x, int c) { return params.slope * x + gate.shift[c]; };
     if constexpr (kGate == Gate::kSoftplus) {
       for_all([&](int i, int c) { e[i][c] = softplus_over_ln2(input(e[i][c], c)); });
       if (large) {
@@ -179,9 +199,11 @@ class FactorWarp {
         load_gate<G>(x, raw, place);
         for_all([&](int i, int c) { e[i][c] = correct_large(e[i][c], input(x[i][c], c)); });
       }
-      for_all([&](int i, int c) { e[i][c] = ptx::ex2(params_.factor * e[i][c]); });
+      for_all([&](int i, int c) { e[i][c] = ptx::ex2(params.factor * e[i][c]); });
+    } else if constexpr (kGate == Gate::kGiven) {
+      for_all([&](int i, int c) { e[i][c] = ptx::ex2(kLog2E * e[i][c]); });
     } else {
-      for_all([&](int i, int c) { e[i][c] = decay_of<kGate>(e[i][c], params_, shift_[c]); });
+      for_all([&](int i, int c) { e[i][c] = decay_of<kGate>(e[i][c], params, gate.shift[c]); });
     }
     if (left < kPart) {
       beyond(left, [&](int i) {
@@ -220,7 +242,9 @@ class FactorWarp {
     char *left_k, *left_q, *right;
   };
 
-  // Writes products of decays with k and q, from those before the lane's span and after it on.
+  // Writes products of decays with k and q, from those before the lane's span and after it on. Left
+  // factors are rounded before they multiply, which costs o's error a twelfth at the most; right
+  // ones are not, since every state is a sum of these.
   static __device__ __forceinline__ void write(const Tiles& to, const Bits& k, const Bits& q,
                                                const Decays& e, float (&before)[kOwn],
                                                float (&after)[kOwn], const Place& place) {
@@ -238,11 +262,12 @@ class FactorWarp {
       float x[kOwn];
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) before[c] *= e[i][c];
+      const uint2 left =
+          make_uint2(Bf16::pack(before[0], before[1]), Bf16::pack(before[2], before[3]));
+      store(to.left_k + place(i), k[i], left);
+      store(to.left_q + place(i), q[i], left);
       unpack(x, k[i]);
-      store(to.left_k + place(i), x, before);
       store(to.right + place(i), x, later[i]);
-      unpack(x, q[i]);
-      store(to.left_q + place(i), x, before);
     }
   }
 
@@ -278,24 +303,23 @@ class FactorWarp {
   template <class G>
   __device__ __forceinline__ void make(int part, int left, const Cursor& use,
                                        const Turn<Cfg>& turn) const {
-    Raw& raw = s_.raw[use.at % held<Cfg>(rank_)][part];
+    Raw& raw = s_.raw[use.at % held<Cfg>(rank_)];
     Slot& slot = s_.slots[turn.place()];
-    const Place place(lane_, warp_);
+    const Place place(lane_, warp_, part);
+    const LaneGate gate = gate_of(turn);
     const int span = lane_ / 8, half = warp_ / 2;
 
-    ptx::mbarrier_wait_at(at(&s_.raw_full[use.at][part]), use.parity);
+    ptx::mbarrier_wait_at(at(&s_.raw_full[use.at]), use.parity);
     Bits k, q;
     Decays e;
     // Products of the decays over the part, before the lane's span and after it.
     float total[kOwn], before[kOwn], after[kOwn];
     int decay = kUsual;
-    // Loaded ahead of the exponentials where it was measured to be faster.
-    constexpr bool kAhead = Cfg::kHeads > 1;
-    if (kAhead) load_tokens(k, q, raw, left, place);
+    load_tokens(k, q, raw, left, place);
     bool small, large = false;
     // Once more where softplus was infinite and is not: rarely.
     while (true) {
-      load_decays<G>(e, raw, left, place, large);
+      load_decays<G>(e, raw, left, place, gate, large);
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) {
         const float own = product(e, c), beside = __shfl_xor_sync(~0u, own, 8);
@@ -306,18 +330,16 @@ class FactorWarp {
       }
       // Above this, k and q may be as large as 3e5.
       small = any_below(total, 1e-33f);
-      if (kGate != Gate::kSoftplus || !small || large || !has_large(params_)) break;
+      if (kGate != Gate::kSoftplus || !small || large || !has_large(gate.params)) break;
       large = true;
     }
     if (small) {
-      if (!kAhead) load_tokens(k, q, raw, left, place);
       const float bound = smallest_decay(k, q);
       if (any_below(total, bound)) decay = kSteep;
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) total[c] = fmaxf(total[c], bound);
     }
     ptx::mbarrier_wait_at(at(&s_.empty[turn.stage]), turn.parity ^ 1);
-    if (!kAhead) load_tokens(k, q, raw, left, place);
     if (lane_ == 0) s_.decay[use.at][part][warp_] = decay;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
@@ -332,24 +354,24 @@ class FactorWarp {
       *reinterpret_cast<float2*>(to) = make_float2(total[0], total[1]);
       *reinterpret_cast<float2*>(to + kNext) = make_float2(total[2], total[3]);
     }
-    write(Tiles{reinterpret_cast<char*>(slot.left[half][part * kPart]),
-                reinterpret_cast<char*>(slot.left[half][kChunk + part * kPart]),
-                reinterpret_cast<char*>(slot.right[half][part * kPart])},
+    write(Tiles{reinterpret_cast<char*>(slot.left[half]),
+                reinterpret_cast<char*>(slot.left[half][kChunk]),
+                reinterpret_cast<char*>(slot.right[half])},
           k, q, e, before, after, place);
     if (decay == kSteep) {
       ptx::mbarrier_wait_at(at(&s_.norms[use.at][part]), use.parity);
       __syncwarp();
-      write_steep(raw, s_.scratch[use.at % 2 * 2 + part].near[warp_], k, q, e);
+      write_steep(part, raw, s_.scratch[use.at % 2 * 2 + part].near[warp_], k, q, e);
     }
   }
 
   // What the square warp makes the products within a steep part of (steep.cuh).
-  __device__ __forceinline__ void write_steep(Raw& raw, Near& near, const Bits& k, const Bits& q,
-                                              const Decays& e) const {
+  __device__ __forceinline__ void write_steep(int part, Raw& raw, Near& near, const Bits& k,
+                                              const Bits& q, const Decays& e) const {
     const int lane = ptx::opaque_lane(lane_);  // nothing of this is to be kept
     const int span = lane / 8, half = warp_ / 2;
-    const Place place(lane, warp_);
-    const Place lower(span == 3 ? lane % 8 : lane, warp_);  // of q split at its half's middle
+    const Place place(lane, warp_, part);
+    const Place lower(span == 3 ? lane % 8 : lane, warp_, part);  // of q split at its half's middle
     const SteepK halves = steep_k(p_.g.dtype, warp_);
     const int flip = (halves.piece ^ warp_ % 2 * 4) * kPiece;
     char* const to_k = reinterpret_cast<char*>(raw.k[half]);
@@ -426,8 +448,7 @@ class FactorWarp {
   int rank_;  // of the block in its team
   int group_, warp_, lane_;
   int tokens_, chunks_;
-  DecayParams params_;
-  float shift_[kOwn];
+  LaneGate gate_;  // if kKeepsGate
 };
 
 }  // namespace flashkda::cuda::sm90::prefill

@@ -15,6 +15,14 @@
 
 namespace flashkda::cuda::sm90::prefill {
 
+// By a warp.
+__device__ __forceinline__ void load_gate(HeadGate& gate, const Problem& p, int hv, int lane) {
+  const DecayParams params = load_decay_params(p, hv);
+  const auto shift = [&](int c) { return load_shift(p, params, hv, lane * 4 + c); };
+  gate.shift[lane] = make_float4(shift(0), shift(1), shift(2), shift(3));
+  if (lane == 0) gate.params = params;
+}
+
 // For one gate: with the code of all three, what warps at many places of it run shares less of the
 // instruction caches (docs/performance.md, version 20).
 template <class Cfg, Gate kGate>
@@ -48,6 +56,10 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   const int lane = __shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32);
   __builtin_assume(lane >= 0 && lane < 32);
 
+  if (const int i = warp - 4; i >= 0 && i < (chains ? 1 : Cfg::kHeads)) {
+    HeadGate& gate = Cfg::kHeads > 1 && !chains ? s.gates[i] : s.gate;
+    load_gate(gate, p, found.hv + i, lane);
+  }
   if (threadIdx.x == 32) {
     for (const CUtensorMap* map : {&maps.g, &maps.k, &maps.q, &maps.v, &maps.o})
       ptx::prefetch_map(map);
@@ -64,11 +76,9 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
     }
     constexpr int kChainThreads = Cfg::kChainGroups * kGroupThreads;
     for (int i = 0; i < Cfg::kUses; ++i) {
-      for (int part = 0; part < 2; ++part) {
-        ptx::mbarrier_init(&s.raw_full[i][part], 1);
-        ptx::mbarrier_init(&s.raw_empty[i][part], 32);
-        ptx::mbarrier_init(&s.norms[i][part], 32);
-      }
+      ptx::mbarrier_init(&s.raw_full[i], 2);
+      ptx::mbarrier_init(&s.raw_empty[i], 2 * 32);
+      for (uint64_t& norms : s.norms[i]) ptx::mbarrier_init(&norms, 32);
       ptx::mbarrier_init(&s.factors_full[i], kFactorArrivals<Cfg>);
     }
     for (int i = 0; i < Cfg::kEmptied; ++i) {
@@ -76,9 +86,9 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
       ptx::mbarrier_init(&s.empty[i], readers * kChainThreads + (chains ? 0 : 2 * 32));
     }
     for (int i = 0; i < Cfg::kSlots; ++i) {
-      // By parts: by a warp each, or by what another block announces; or whole; and by v's loads.
-      const int parts = maker_of<Cfg>(i, rank).rank == rank ? 2 * 32 : Cfg::kApart ? 1 : 2;
-      ptx::mbarrier_init(&s.full[i], parts + 2);
+      // By parts: by a warp each, or by what another block announces; or whole; and by v's load.
+      const int parts = maker_of<Cfg>(i, rank).rank == rank ? 2 * 32 : 1;
+      ptx::mbarrier_init(&s.full[i], parts + 1);
       ptx::mbarrier_init(&s.values_empty[i], kChainThreads);
     }
     ptx::mbarrier_init_fence();
@@ -102,8 +112,8 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
     const int square = warp - 4 * kSquareGroup;
     if (makes_chunks<Cfg>(rank) && !(makes_few<Cfg>(rank) && square >= 2)) {
       SquareWarp<Cfg>(p, maps, w, s, rank, square, lane).run();
-    } else if (makes_few<Cfg>(rank) || square < 2) {
-      Loader<Cfg>(p, maps, s).load_all_values(square % 2, static_cast<int>(w.tokens));
+    } else if (square == (makes_few<Cfg>(rank) ? 2 : 0)) {
+      Loader<Cfg>(p, maps, s).load_all_values(static_cast<int>(w.tokens));
     } else if (Cfg::kApart && square == 2) {
       Loader<Cfg>(p, maps, s).take_chunks(rank, w.chunks, lane);
     }

@@ -18,50 +18,48 @@ class Loader {
         s_(s),
         gate_bytes_(p.g.dtype == DType::kF32 ? sizeof(Raw::g) : sizeof(Raw::g) / 2) {}
 
-  // q, k and g of a part, from token `first` of the sequence on. head: of the cluster's. use: the
-  // chunk's. before: that of the chunk whose raw parts lay there.
-  __device__ __forceinline__ void load_raw(int first, int head, int part, Raw& to,
+  // Half of what a chunk's q, k and g are, g or the others, from token `first` of the sequence on.
+  // head: of the cluster's. use: the chunk's. before: that of the chunk whose place it takes.
+  __device__ __forceinline__ void load_raw(int first, int head, int half, Raw& to,
                                            const Cursor& use, const Cursor& before) const {
     if (cute::elect_one_sync()) {
       const Origin x = s_.origins[head];
-      const uint32_t full = at(&s_.raw_full[use.at][part]);
-      ptx::mbarrier_wait_at(at(&s_.raw_empty[before.at][part]), before.parity);
-      ptx::mbarrier_expect(full, sizeof(to.k) + sizeof(to.q) + gate_bytes_);
-      ptx::copy_box(&maps_.g, at(to.g), full, 0, x.begin + first, 0, x.hv, x.row);
-      ptx::copy_box(&maps_.k, at(to.k), full, 0, x.begin + first, 0, x.h, x.row);
-      ptx::copy_box(&maps_.q, at(to.q), full, 0, x.begin + first, 0, x.h, x.row);
-    }
-    __syncwarp();
-  }
-
-  // The block's columns of v of this part of `count` chunks, from slot `first` of the ring's round
-  // on, if the sequence has these. Not before the chunks' turn: earlier, this would wait for the
-  // chain to have read the slots.
-  __device__ __forceinline__ void load_values(int ring, int first, int count, int part,
-                                              uint32_t parity, int tokens) const {
-    if (cute::elect_one_sync()) {
-      const Origin x = s_.origins[0];
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        const int slot = first + i, token = (ring + slot) * kChunk;
-        if (token >= tokens) break;
-        const uint32_t full = at(&s_.full[slot]);
-        ptx::mbarrier_wait_at(at(&s_.values_empty[slot]), parity ^ 1);
-        ptx::mbarrier_expect(full, sizeof(s_.values[slot][part]));
-        ptx::copy_box(&maps_.v, at(&s_.values[slot][part]), full, 0, x.begin + token + part * kPart,
-                      x.half, x.hv, x.row);
+      const uint32_t full = at(&s_.raw_full[use.at]);
+      ptx::mbarrier_wait_at(at(&s_.raw_empty[before.at]), before.parity);
+      if (half == 0) {
+        ptx::mbarrier_expect(full, gate_bytes_);
+        ptx::copy_box(&maps_.g, at(to.g), full, 0, x.begin + first, 0, x.hv, x.row);
+      } else {
+        ptx::mbarrier_expect(full, sizeof(to.k) + sizeof(to.q));
+        ptx::copy_box(&maps_.k, at(to.k), full, 0, x.begin + first, 0, x.h, x.row);
+        ptx::copy_box(&maps_.q, at(to.q), full, 0, x.begin + first, 0, x.h, x.row);
       }
     }
     __syncwarp();
   }
 
+  // The block's columns of v of a chunk, if the sequence has it. Not before the chunk's turn:
+  // earlier, this would wait for the chain to have read the slot.
+  __device__ __forceinline__ void load_values(int ring, int slot, uint32_t parity,
+                                              int tokens) const {
+    const int token = (ring + slot) * kChunk;
+    if (token < tokens && cute::elect_one_sync()) {
+      const Origin x = s_.origins[0];
+      const uint32_t full = at(&s_.full[slot]);
+      ptx::mbarrier_wait_at(at(&s_.values_empty[slot]), parity ^ 1);
+      ptx::mbarrier_expect(full, sizeof(s_.values[slot]));
+      ptx::copy_box(&maps_.v, at(&s_.values[slot]), full, 0, x.begin + token, x.half, x.hv, x.row);
+    }
+    __syncwarp();
+  }
+
   // The same of all chunks, for a block that makes none.
-  __device__ __forceinline__ void load_all_values(int part, int tokens) const {
+  __device__ __forceinline__ void load_all_values(int tokens) const {
     Cursor slot(Cfg::kSlots);
     int ring = 0;
 #pragma unroll 1
     while ((ring + slot.at) * kChunk < tokens) {
-      load_values(ring, slot.at, 1, part, slot.parity, tokens);
+      load_values(ring, slot.at, slot.parity, tokens);
       slot.advance(1);
       ring += slot.at == 0 ? Cfg::kSlots : 0;
     }

@@ -85,16 +85,16 @@ bool maps_fit(const Problem& p) {
 cudaError_t make_maps(const Problem& p, int value_columns, Maps* maps) {
   static const Encode function = find_encode();
   if (function == nullptr) return cudaErrorSymbolNotFound;
-  const auto part = [](int columns) {
-    return Box{kPart, columns, kRowBytes, CU_TENSOR_MAP_SWIZZLE_128B};
+  const auto rows = [](int tokens, int columns) {
+    return Box{tokens, columns, kRowBytes, CU_TENSOR_MAP_SWIZZLE_128B};
   };
   const Box outputs = {kChunk, 1, kPart * bytes_of(p.o.dtype), CU_TENSOR_MAP_SWIZZLE_32B};
-  cudaError_t error = encode(function, &maps->q, p.q, p, p.H, part(2));
-  if (error == cudaSuccess) error = encode(function, &maps->k, p.k, p, p.H, part(2));
+  cudaError_t error = encode(function, &maps->q, p.q, p, p.H, rows(kChunk, 2));
+  if (error == cudaSuccess) error = encode(function, &maps->k, p.k, p, p.H, rows(kChunk, 2));
   if (error == cudaSuccess)
-    error = encode(function, &maps->v, p.v, p, p.HV, part(value_columns / kHalf));
+    error = encode(function, &maps->v, p.v, p, p.HV, rows(kChunk, value_columns / kHalf));
   if (error == cudaSuccess)
-    error = encode(function, &maps->g, p.g, p, p.HV, part(bytes_of(p.g.dtype)));
+    error = encode(function, &maps->g, p.g, p, p.HV, rows(kChunk, bytes_of(p.g.dtype)));
   if (error == cudaSuccess) error = encode(function, &maps->o, p.o, p, p.HV, outputs);
   return error;
 }

@@ -72,12 +72,12 @@ Way choose(const Problem& p, const Target& target) {
   // Teams that are apart need memory each, of which no more than a round's is asked for.
   const bool at_once = heads <= resident_clusters<Apart>(target);
   const std::pair<int64_t, Way> ways[] = {
-      {cost<Whole>(heads, target, 228), Way::kWhole},
-      {heads_by_threes(p, heads, target) > 0 ? 197 : never, Way::kThrees},
-      {cost<Halves>(heads, target, 140), Way::kHalves},
-      {cost<Helped>(heads, target, 116), Way::kHelped},
+      {cost<Whole>(heads, target, 223), Way::kWhole},
+      {heads_by_threes(p, heads, target) > 0 ? 188 : never, Way::kThrees},
+      {cost<Halves>(heads, target, 133), Way::kHalves},
+      {cost<Helped>(heads, target, 111), Way::kHelped},
       {cost<Fed>(heads, target, 90), Way::kFed},
-      {at_once ? 96 : never, Way::kApart},
+      {at_once ? 94 : never, Way::kApart},
   };
   return std::min_element(std::begin(ways), std::end(ways),
                           [](const auto& x, const auto& y) { return x.first < y.first; })

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../../common/decay.cuh"
 #include "../../common/states.cuh"
 #include "../../common/work.cuh"
 #include "config.h"
@@ -17,12 +18,12 @@ namespace flashkda::cuda::sm90::prefill {
 
 static_assert(kPart == kTriangle);
 
-// What parts of chunks arrive as. Where the decay is steep, the factor warps write other factors
-// over it (factors.cuh).
+// What chunks arrive as. Where the decay is steep, the factor warps write other factors over it
+// (factors.cuh).
 struct alignas(1024) Raw {
-  __nv_bfloat16 k[2][kPart][kHalf];
-  __nv_bfloat16 q[2][kPart][kHalf];
-  char g[4 * kPart * kChannels];  // fp32 in quarters of 32 channels; 16-bit types like k
+  __nv_bfloat16 k[2][kChunk][kHalf];
+  __nv_bfloat16 q[2][kChunk][kHalf];
+  char g[4 * kChunk * kChannels];  // fp32 in quarters of 32 channels; 16-bit types like k
 };
 
 inline constexpr int kQuarter = kChannels / 4;  // the channels of a factor warp
@@ -53,10 +54,10 @@ struct alignas(1024) Slot {
 
 inline constexpr uint32_t kSlotBytes = offsetof(Slot, squares) + sizeof(Slot::squares);
 
-// A part's v, of each chain warpgroup.
+// A chunk's v, of each chain warpgroup.
 template <class Cfg>
 struct alignas(1024) Values {
-  __nv_bfloat16 v[Cfg::kChainGroups][kPart][kHalf];
+  __nv_bfloat16 v[Cfg::kChainGroups][kChunk][kHalf];
 };
 
 // A lane of the chain has channels 8 n + 2 (lane % 4) + {0, 1}, all n, and tokens 8 h + 2 (lane %
@@ -101,6 +102,13 @@ struct Stock {
 
 inline constexpr int kListed = 32;  // checkpoints of a sequence, one a lane
 
+// What the factor warps need of a head's gate. Kept here, because registers are scarce, and because
+// a maker's head may change with every chunk.
+struct HeadGate {
+  float4 shift[kChannels / 4];
+  DecayParams params;
+};
+
 // Where a head's sequence begins, as the copy engine counts.
 struct alignas(16) Origin {
   int begin, row, h, hv;
@@ -111,8 +119,8 @@ struct alignas(16) Origin {
 template <class Cfg>
 struct WholeRings {
   Slot slots[Cfg::kSlots];
-  Raw raw[Cfg::kHeld][2];  // by parts
-  Values<Cfg> values[Cfg::kSlots][2];
+  Raw raw[Cfg::kHeld];
+  Values<Cfg> values[Cfg::kSlots];
 };
 
 // Of a block that does either: who makes chunks needs room for its own only.
@@ -121,11 +129,11 @@ struct PartedRings {
   union {
     struct {
       Slot slots[Cfg::kSlots];
-      Values<Cfg> values[Cfg::kSlots][2];
+      Values<Cfg> values[Cfg::kSlots];
     };
     struct {
       Slot own_slots[Cfg::kOwn];
-      Raw raw[Cfg::kHeld][2];
+      Raw raw[Cfg::kHeld];
     };
   };
 };
@@ -136,11 +144,11 @@ template <class Cfg>
 struct HelpedRings {
   union {
     struct {
-      Raw few_raw[2];
-      Values<Cfg> values[Cfg::kSlots][2];
+      Raw few_raw[1];
+      Values<Cfg> values[Cfg::kSlots];
       Slot slots[Cfg::kSlots];
     };
-    Raw raw[Cfg::kHeld][2];
+    Raw raw[Cfg::kHeld];
   };
   static_assert(sizeof(raw) <=
                 sizeof(few_raw) + sizeof(values) + (Cfg::kSlots - Cfg::kOwn) * sizeof(Slot));
@@ -154,13 +162,16 @@ using Rings =
 template <class Cfg>
 struct Shared : Rings<Cfg> {
   Scratch scratch[kSquareWarps];
-  alignas(256)
-      __nv_bfloat16 o[4 * Cfg::kChainGroups][2][kPart * kPart];  // a chain warp's, on its way out
+  union {
+    alignas(256)
+        __nv_bfloat16 o[4 * Cfg::kChainGroups][2][kPart * kPart];  // a chain warp's, on its way out
+    HeadGate gates[Cfg::kHeads];  // of a block without a chain that makes chunks for several heads
+  };
+  HeadGate gate;                            // of any other
   alignas(16) int decay[Cfg::kUses][2][4];  // a Decay for each quarter of a part
-  // By parts. The square warp empties it for the factor warps too: it waits for their factors
-  // first.
-  uint64_t raw_full[Cfg::kUses][2], raw_empty[Cfg::kUses][2];
-  uint64_t norms[Cfg::kUses][2];  // the square warp has read the part's q and k
+  // The square warps empty it for the factor warps too: they wait for their factors first.
+  uint64_t raw_full[Cfg::kUses], raw_empty[Cfg::kUses];
+  uint64_t norms[Cfg::kUses][2];  // by parts: the square warp has read the part's q and k
   uint64_t factors_full[Cfg::kUses];
   uint64_t full[Cfg::kSlots];     // the chunk is there, and its v
   uint64_t empty[Cfg::kEmptied];  // all the slot's readers have read it

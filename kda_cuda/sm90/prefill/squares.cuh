@@ -68,9 +68,9 @@ class SquareWarp {
         load_raw(later, later_use, alone ? use : use.before());
       };
       if (!alone) load_later(held<Cfg>(rank_) - 1);
-      if (chains && !alone) {
-        loader_.load_values(turn.ring, turn.first_values(), turn.values(), part_, turn.parity,
-                            tokens_);
+      // Of the slots that are this turn's, either warp fills its own.
+      if (chains && !alone && part_ < turn.values()) {
+        loader_.load_values(turn.ring, turn.first_values() + part_, turn.parity, tokens_);
       }
       const uint32_t beta = next_beta;
       Turn<Cfg> next = turn;
@@ -97,18 +97,18 @@ class SquareWarp {
   // Warps 0 and 1 take the parts of a chunk and warps 2 and 3 those of the block's next.
   static_assert(kSquareWarps == 4);
 
-  // Begins to load the part of the turn's chunk, if there is one. before: the use of the chunk
-  // whose place it takes.
+  // Begins to load the turn's chunk, if there is one. before: the use of the chunk whose place it
+  // takes.
   __device__ __forceinline__ void load_raw(const Turn<Cfg>& turn, const Cursor& use,
                                            const Cursor& before) const {
     const int first = turn.chunk() * kChunk;
     if (first < tokens_) {
-      loader_.load_raw(first + part_ * kPart, turn.head(), part_, raw_of(use), use, before);
+      loader_.load_raw(first, turn.head(), part_, raw_of(use), use, before);
     }
   }
 
   __device__ __forceinline__ Raw& raw_of(const Cursor& use) const {
-    return s_.raw[use.at % held<Cfg>(rank_)][part_];
+    return s_.raw[use.at % held<Cfg>(rank_)];
   }
 
   // A use before the first, for which nobody waits.
@@ -239,7 +239,9 @@ class SquareWarp {
         }
       } else {
         const SteepK halves = steep_k(p_.g.dtype, quarter);
-        const uint32_t k = at(raw.k[half]), q = at(raw.q[half]), k4 = at(raw.g) + halves.offset;
+        const uint32_t k = at(raw.k[half]) + part_ * kLateRows;
+        const uint32_t q = at(raw.q[half]) + part_ * kLateRows;
+        const uint32_t k4 = at(raw.g) + part_ * kLateRows + halves.offset;
         const bool below = rows.row >= 8;
         constexpr int kEight = 8 * kRowBytes;
         uint32_t far_right[4], low_right[4], high_right[4];
@@ -341,25 +343,24 @@ class SquareWarp {
                         at(&s_.slots[turn.place()]) + offset, bytes);
   }
 
-  // Sends the factors to other blocks while the squares are made: the early part's warp the left
-  // ones, the late part's the others.
+  // Sends the factors to other blocks while the squares are made: either warp to one of them.
   __device__ __forceinline__ void send_factors(const Turn<Cfg>& turn, uint2 taken) const {
     if (!sends_chunks<Cfg>(rank_)) return;
     if (cute::elect_one_sync()) {
-      constexpr uint32_t kLeft = sizeof(Slot::left);
-      const uint32_t offset = part_ == 0 ? 0 : kLeft;
-      const uint32_t bytes = part_ == 0 ? kLeft : offsetof(Slot, squares) - kLeft;
+      constexpr uint32_t kFactors = offsetof(Slot, squares);
       if constexpr (Cfg::kApart) {
         publish();
         // Until both readers have taken the chunk that lies there.
         const unsigned needed = max(turn.chunk() + 1 - kStock, 0);
         while (min(taken.x, taken.y) < needed) taken = load_taken();
-        put(turn, offset, bytes);
+        put(turn, part_ * (kFactors / 2), kFactors / 2);
       } else {
+        int i = 0;
         for_others(turn, [&](int rank) {
+          if (i++ % 2 != part_) return;
           ptx::mbarrier_expect_in_cluster(ptx::address_in(at(&s_.full[turn.slot()]), rank),
-                                          bytes + sizeof(Squares));
-          send(turn, offset, bytes, rank);
+                                          kSlotBytes);
+          send(turn, 0, kFactors, rank);
         });
       }
     }
@@ -405,13 +406,14 @@ class SquareWarp {
 
     // Looked at now for later, when it will have come.
     const uint2 taken = Cfg::kApart ? load_taken() : uint2{};
-    ptx::mbarrier_wait_at(at(&s_.raw_full[use.at][part_]), use.parity);
+    ptx::mbarrier_wait_at(at(&s_.raw_full[use.at]), use.parity);
     // Of eight tokens each: q and, below it, k times k; and times q.
     float by_k[2][4] = {}, by_q[2][4] = {};
     {
       // Lanes 0-7 and 16-23 load rows of q and the others of k, which as a left operand stand below
       // each other; the halves of either, of 8 channels each, are right operands too.
-      const Blocks both(lane_ & 8 ? at(raw.k) : at(raw.q), {lane_ & 7, lane_ >> 4});
+      const Blocks both((lane_ & 8 ? at(raw.k) : at(raw.q)) + part_ * kLateRows,
+                        {lane_ & 7, lane_ >> 4});
       constexpr int kEight = 8 * kRowBytes, kRawHalf = sizeof(raw.k[0]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -433,7 +435,7 @@ class SquareWarp {
     ptx::mbarrier_wait_at(at(&s_.factors_full[use.at]), use.parity);
     const int4 decays = *reinterpret_cast<const int4*>(s_.decay[use.at][part_]);
     const bool usual = (decays.x | decays.y | decays.z | decays.w) == kUsual;
-    if (usual) ptx::mbarrier_arrive_at(at(&s_.raw_empty[use.at][part_]));
+    if (usual) ptx::mbarrier_arrive_at(at(&s_.raw_empty[use.at]));
     send_factors(turn, taken);
     if (usual) emptied();
     // The lanes that have the diagonals' elements lane / 4.
@@ -468,7 +470,7 @@ class SquareWarp {
       }
     } else {
       unusual_products(A, M, cross, slot, raw, decays);
-      ptx::mbarrier_arrive_at(at(&s_.raw_empty[use.at][part_]));
+      ptx::mbarrier_arrive_at(at(&s_.raw_empty[use.at]));
       emptied();
     }
 

@@ -24,7 +24,7 @@ struct SteepK {
 };
 
 __device__ __forceinline__ SteepK steep_k(DType gate, int quarter) {
-  constexpr int kTile = kPart * kRowBytes;
+  constexpr int kTile = kChunk * kRowBytes;
   return gate == DType::kF32 ? SteepK{quarter * kTile, 0}
                              : SteepK{(2 + quarter / 2) * kTile, quarter % 2 * 4};
 }
