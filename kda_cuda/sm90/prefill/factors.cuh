@@ -316,24 +316,30 @@ class FactorWarp {
     float total[kOwn], before[kOwn], after[kOwn];
     int decay = kUsual;
     load_tokens(k, q, raw, left, place);
-    bool small, large = false;
-    // Once more where softplus was infinite and is not: rarely.
-    while (true) {
-      load_decays<G>(e, raw, left, place, gate, large);
+    const auto multiply_all = [&] {
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) {
         const float own = product(e, c), beside = __shfl_xor_sync(~0u, own, 8);
         const float pair = own * beside, others = __shfl_xor_sync(~0u, pair, 16);
         total[c] = pair * others;
-        before[c] = (span & 1 ? beside : 1.f) * (span & 2 ? others : 1.f);
-        after[c] = (span & 1 ? 1.f : beside) * (span & 2 ? 1.f : others);
+        before[c] = span & 1 ? beside : 1.f;
+        after[c] = span & 1 ? 1.f : beside;
+        if (span & 2) {
+          before[c] *= others;
+        } else {
+          after[c] *= others;
+        }
       }
-      // Above this, k and q may be as large as 3e5.
-      small = any_below(total, 1e-33f);
-      if (kGate != Gate::kSoftplus || !small || large || !has_large(gate.params)) break;
-      large = true;
-    }
-    if (small) {
+    };
+    load_decays<G>(e, raw, left, place, gate, false);
+    multiply_all();
+    // Above this, k and q may be as large as 3e5.
+    if (any_below(total, 1e-33f)) {
+      // Once more where softplus was infinite and is not: rarely.
+      if (kGate == Gate::kSoftplus && has_large(gate.params)) {
+        load_decays<G>(e, raw, left, place, gate, true);
+        multiply_all();
+      }
       const float bound = smallest_decay(k, q);
       if (any_below(total, bound)) decay = kSteep;
 #pragma unroll
@@ -344,8 +350,11 @@ class FactorWarp {
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       const float inverse = ptx::rcp(total[c]);
-      before[c] *= part == 0 ? inverse : 1.f;
-      after[c] *= part == 0 ? 1.f : inverse;
+      if (part == 0) {
+        before[c] *= inverse;
+      } else {
+        after[c] *= inverse;
+      }
     }
     if (lane_ < 8) {
       float* to =
