@@ -42,9 +42,9 @@ struct Config {
                               : kHelped           ? kSlots - kChainBlocks
                               : kMakerBlocks == 1 ? kSlots - 1
                                                   : kSlots / kChainBlocks;
-  // A block without a chain has its warpgroup make factors, and raw parts of three chunks.
+  // A block without a chain has its warpgroup make factors, and what three chunks are made of.
   static constexpr bool kEager = kMakerBlocks > 0 && kHeads == 1;
-  static constexpr int kHeld = kEager ? 3 : 2;  // chunks whose raw parts a block holds at most
+  static constexpr int kHeld = kEager ? 3 : 2;  // chunks whose raw inputs a block holds at most
   static constexpr int kUses = kEager ? 6 : 2;  // and for which it has barriers
   // Blocks that read a chunk.
   static constexpr int kReaders = kHeads == 1 ? kChainBlocks : 1;
@@ -61,7 +61,7 @@ using Threes = Config<128, 3, 1>;  // three heads, for each of which the fourth 
                                    // chunk in four
 
 // A wait on a parity is only sound if the barrier is not a whole phase further behind: who waits
-// for a barrier's phase has to have waited for the one before. The barriers of raw parts and
+// for a barrier's phase has to have waited for the one before. The barriers of raw inputs and
 // factors therefore go by kUses chunks of a block's, a multiple of those after which the same
 // square warp and the same factor warpgroup come to a part again, and so do a block's own slots.
 

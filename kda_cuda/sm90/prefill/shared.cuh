@@ -138,13 +138,13 @@ struct PartedRings {
   };
 };
 
-// Of a chain block that makes few, which has the raw parts of one chunk; and of who helps it, which
-// has no v, and room for more raw parts and for its own slots, the last ones.
+// Of a chain block that makes few, which has the raw inputs of one chunk; and of who helps it,
+// which has no v, and room for more raw inputs and for its own slots, the last ones.
 template <class Cfg>
 struct HelpedRings {
   union {
     struct {
-      Raw few_raw[1];
+      Raw few_raw[1];  // an array: some compilers take nothing else here
       Values<Cfg> values[Cfg::kSlots];
       Slot slots[Cfg::kSlots];
     };

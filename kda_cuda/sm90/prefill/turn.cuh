@@ -29,13 +29,13 @@ __device__ __forceinline__ bool sends_chunks(int rank) {
   return Cfg::kTeam > 1 && (Cfg::kHeads == 1 || !has_chain<Cfg>(rank));
 }
 
-// Whether two of its square warps make none, so that it holds the raw parts of one chunk.
+// Whether two of its square warps make none, so that it holds the raw inputs of one chunk.
 template <class Cfg>
 __device__ __forceinline__ bool makes_few(int rank) {
   return Cfg::kHelped && has_chain<Cfg>(rank);
 }
 
-// How many chunks' raw parts a block holds, and for how many it uses barriers.
+// How many chunks' raw inputs a block holds, and for how many it uses barriers.
 template <class Cfg>
 __device__ __forceinline__ int held(int rank) {
   return makes_few<Cfg>(rank) ? 1 : Cfg::kHeld;
