@@ -37,9 +37,10 @@ fi
 
 ENDED=()
 
-# A machine may send back few files, and may be taken away: all travels as one, after every part.
+# A machine may send back few files, and may be taken away: all travels as one, as it stands after
+# every part and every half minute of one.
 pack() {
-  tar -czf "$OUT/results.tgz" -C "$RESULTS" .
+  tar -czf "$OUT/results.part" -C "$RESULTS" . && mv "$OUT/results.part" "$OUT/results.tgz"
   [ ! -e "$TRITON_CACHE" ] || (cd "$TRITON_CACHE" && find . -name '*.autotune.json' -print0 |
     tar -czf "$OUT/fla-autotune.tgz" --null -T -)
 }
@@ -54,8 +55,12 @@ part() {
     return
   fi
   echo "=== $name (from $start s, at most $limit s): $*"
+  (while sleep 30; do pack; done) >/dev/null 2>&1 &
+  local packer=$!
   timeout --kill-after=20 "$limit" "$@" 2>&1 | tee "$RESULTS/$name.log"
   local status=${PIPESTATUS[0]}
+  kill "$packer"
+  wait "$packer" 2>/dev/null
   ENDED+=("$name: status $status after $((SECONDS - start)) s")
   pack
 }
