@@ -63,14 +63,13 @@ __device__ __forceinline__ bool has_large(const DecayParams& params) {
 
 template <Gate kGate>
 __device__ __forceinline__ float decay_of(float x, const DecayParams& params, float shift) {
+  if constexpr (kGate == Gate::kGiven) return ptx::ex2(kLog2E * x);
   const float y = params.slope * x + shift;
   if constexpr (kGate == Gate::kBounded) {
     // 2^(1 / (factor (1 + 2^y)))
     return ptx::ex2(ptx::rcp(ptx::ex2(y) * params.factor + params.factor));
-  } else if constexpr (kGate == Gate::kSoftplus) {
-    return ptx::ex2(params.factor * correct_large(softplus_over_ln2(y), y));
   } else {
-    return ptx::ex2(y);
+    return ptx::ex2(params.factor * correct_large(softplus_over_ln2(y), y));
   }
 }
 

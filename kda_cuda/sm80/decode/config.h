@@ -8,8 +8,10 @@ namespace flashkda::cuda::sm80::decode {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 
+// Columns of V of a block that holds them in registers: 16 KB of fp32 at K = 128.
+constexpr int kSliceV = 32;
+
 // Any tokens.
-constexpr int kSliceV = 32;      // columns of V of a block: 16 KB of fp32 registers at K = 128
 constexpr int kBlockTokens = 4;  // tokens fetched at once, while those before are worked on
 constexpr int kBlocksPerSM = 5;  // which is what bounds a block's registers
 

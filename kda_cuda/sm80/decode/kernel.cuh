@@ -62,12 +62,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   // Behind the tokens' loads, as an index, where there is one, has to arrive first.
   const Rows rows = find_rows(p, item.n, item.length);
   typename Slice::Loaded loaded;
-  if (rows.valid && rows.source != kNoRow) {
-    Slice::load(loaded, p.initial_state.ptr, rows.source * p.initial_state.stride_n + first, p.V,
-                p.initial_aligned);
-  } else {
-    Slice::load_constant(loaded, !rows.valid);
-  }
+  Slice::load_source(loaded, rows, p.initial_state, first, p.V, p.initial_aligned);
 
   reader.publish(tokens[0], item.length);
   __syncthreads();

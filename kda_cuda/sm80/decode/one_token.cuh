@@ -34,22 +34,13 @@ __device__ __forceinline__ void step_k_first(Block<Slice, kColumns>& block, cons
                                              const Params& p, int64_t o_at, Put put) {
   const int warp = threadIdx.x / 32;
   RowSums<Slice> sums;
+  float s[Slice::kWidth];
+  sums.add_all(token, [&](int i, float growth) -> const float (&)[Slice::kWidth] {
+    block.load_row(s, i);
 #pragma unroll
-  for (int run = 0; run < Slice::kRuns; ++run) {
-    const int first = run * Slice::kRun, channel = Slice::row(first);
-    float growth[Slice::kRun], k[Slice::kRun], q[Slice::kRun];
-    load_adjacent(growth, token.growth + channel);
-    load_adjacent(k, token.k + channel);
-    load_adjacent(q, token.q + channel);
-#pragma unroll
-    for (int i = 0; i < Slice::kRun; ++i) {
-      float s[Slice::kWidth];
-      block.load_row(s, first + i);
-#pragma unroll
-      for (float& x : s) x = decayed(x, growth[i]);
-      sums.add(run, s, k[i], q[i]);
-    }
-  }
+    for (float& x : s) x = decayed(x, growth);
+    return s;
+  });
   sums.sum_over_warp();
 #pragma unroll
   for (int j = 0; j < sums.kOwn; ++j) {

@@ -28,12 +28,7 @@ __global__ void __launch_bounds__(kThreads, kFewBlocks)
   const Rows rows = find_row(p, n);
   const uint32_t first = hv * K * K + Slice::first_element(slice, K);
   typename Slice::Loaded loaded;
-  if (rows.valid && rows.source != kNoRow) {
-    Slice::load(loaded, p.initial_state.ptr, rows.source * p.initial_state.stride_n + first, K,
-                true);
-  } else {
-    Slice::load_constant(loaded, !rows.valid);
-  }
+  Slice::load_source(loaded, rows, p.initial_state, first, K, true);
 
   reader.publish(&token, 1);
   __syncthreads();

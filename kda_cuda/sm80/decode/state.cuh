@@ -1,10 +1,11 @@
-// The slice of the state that the kernel for any tokens holds in registers, as fp32.
+// The slice of the state that a block holds in registers, as fp32.
 #pragma once
 
 #include "../../common/convert.cuh"
 #include "../../common/params.h"
 #include "../../common/ptx.cuh"
 #include "config.h"
+#include "rows.cuh"
 #include "slice.cuh"
 
 namespace flashkda::cuda::sm80::decode {
@@ -44,10 +45,16 @@ struct StateSlice : SliceMap<kIn, K, kVFirst, kSliceV> {
     }
   }
 
-  // Instead of load(): zero, or NaN.
-  static __device__ __forceinline__ void load_constant(Loaded& loaded, bool nan) {
+  // The same of the row that a sequence starts from, from element `first` of it on; without one
+  // zero, or NaN where the rows are not valid.
+  static __device__ __forceinline__ void load_source(Loaded& loaded, Rows rows, States states,
+                                                     uint32_t first, int V, bool aligned) {
+    if (rows.valid && rows.source != kNoRow) {
+      load(loaded, states.ptr, rows.source * states.stride_n + first, V, aligned);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) loaded[i] = constant_vector(nan);
+      for (int i = 0; i < kVectors; ++i) loaded[i] = constant_vector(!rows.valid);
+    }
   }
 
   __device__ __forceinline__ void take(const Loaded& loaded) {

@@ -20,20 +20,11 @@ __device__ __forceinline__ void step(StateSlice<kIn, K, false>& state, const Tok
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   RowSums<Slice> sums;
   static_assert(sums.kOwn == 1, "as many sums as lanes that share them");
+  sums.add_all(token, [&](int i, float growth) -> const float (&)[Slice::kWidth] {
 #pragma unroll
-  for (int run = 0; run < Slice::kRuns; ++run) {
-    const int first = run * Slice::kRun, channel = Slice::row(first);
-    float growth[Slice::kRun], k[Slice::kRun], q[Slice::kRun];
-    load_adjacent(growth, token.growth + channel);
-    load_adjacent(k, token.k + channel);
-    load_adjacent(q, token.q + channel);
-#pragma unroll
-    for (int i = 0; i < Slice::kRun; ++i) {
-#pragma unroll
-      for (float& x : state.s[first + i]) x = decayed(x, growth[i]);
-      sums.add(run, state.s[first + i], k[i], q[i]);
-    }
-  }
+    for (float& x : state.s[i]) x = decayed(x, growth);
+    return state.s[i];
+  });
   sums.sum_over_warp();
   scratch.k_S[warp][sums.own()] = sums.k[0][0];
   scratch.q_S[warp][sums.own()] = sums.q[0][0];

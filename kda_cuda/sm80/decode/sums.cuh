@@ -81,6 +81,23 @@ struct RowSums {
     }
   }
 
+  // All rows of the lane. row(i, growth) gives row i of the state, decayed.
+  template <class Token, class Row>
+  __device__ __forceinline__ void add_all(const Token& token, const Row& row) {
+#pragma unroll
+    for (int run = 0; run < Slice::kRuns; ++run) {
+      const int first = run * Slice::kRun, channel = Slice::row(first);
+      float growth[Slice::kRun], k_rows[Slice::kRun], q_rows[Slice::kRun];
+      load_adjacent(growth, token.growth + channel);
+      load_adjacent(k_rows, token.k + channel);
+      load_adjacent(q_rows, token.q + channel);
+#pragma unroll
+      for (int i = 0; i < Slice::kRun; ++i) {
+        add(run, row(first + i, growth[i]), k_rows[i], q_rows[i]);
+      }
+    }
+  }
+
   static __device__ __forceinline__ int own() { return Slice::column() + Slice::group() * kOwn; }
 
   // Leaves the sums in k[0] and q[0].

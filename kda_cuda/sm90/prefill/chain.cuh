@@ -230,9 +230,8 @@ class Chain {
   __device__ __forceinline__ void start_update(float (&S)[kTiles][4], const uint32_t (&u)[4],
                                                uint32_t tiles, int part) const {
     using Product = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
-    const uint64_t b =
-        make_descriptor(tiles + (offsetof(Slot, right) + part * kPart * kRowBytes) / kPiece,
-                        sizeof(Slot::right[0]));
+    const uint64_t b = make_descriptor(tiles + (offsetof(Slot, right) + part * kLateRows) / kPiece,
+                                       sizeof(Slot::right[0]));
     fence(S);
     cute::warpgroup_arrive();
 #define FLASHKDA_TILE(n) S[n][0], S[n][1], S[n][2], S[n][3]
@@ -521,7 +520,7 @@ class Chain {
   __device__ __forceinline__ void load_values(uint32_t (&v)[4], int at, int part) const {
     __builtin_assume(warp_ >= 0);
     const LanePosition rows = by_row(lane_);
-    ptx::ldmatrix_trans_at(v, at_of(s_.values[at].v[warp_ / 4]) + part * kPart * kRowBytes +
+    ptx::ldmatrix_trans_at(v, at_of(s_.values[at].v[warp_ / 4]) + part * kLateRows +
                                   (row_offset(rows.row, rows.piece) ^ warp_ % 4 * 2 * kPiece));
   }
 

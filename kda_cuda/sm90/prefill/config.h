@@ -69,5 +69,7 @@ using Threes = Config<128, 3, 1>;  // three heads, for each of which the fourth 
 // engine and the tensor cores swizzle them (tile.cuh).
 inline constexpr int kHalf = 64;
 inline constexpr int kRowBytes = 128;
+inline constexpr int kTileBytes = kChunk * kRowBytes;  // a chunk's rows
+inline constexpr int kLateRows = kPart * kRowBytes;    // where the late part's begin
 
 }  // namespace flashkda::cuda::sm90::prefill

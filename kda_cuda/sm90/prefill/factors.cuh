@@ -33,7 +33,6 @@ template <class Cfg, Gate kGate>
 class FactorWarp {
   static constexpr int kSpan = 4;  // tokens of a lane
   static constexpr int kOwn = 4;   // channels of a lane
-  static constexpr int kTile = kChunk * kRowBytes;
 
   // Where a block has two factor warpgroups, lanes have registers to keep what they need of a gate.
   static constexpr bool kKeepsGate = Cfg::kFactorGroups > 1;
@@ -167,7 +166,7 @@ class FactorWarp {
   template <class G>
   __device__ __forceinline__ void load_gate(Decays& e, const Raw& raw, const Place& place) const {
     if constexpr (sizeof(G) == 4) {
-      const char* quarter = raw.g + warp_ * kTile;
+      const char* quarter = raw.g + warp_ * kTileBytes;
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) {
         const float4 y = *reinterpret_cast<const float4*>(quarter + place.wide(i));
@@ -177,7 +176,7 @@ class FactorWarp {
         e[i][3] = y.w;
       }
     } else {
-      const char* g = raw.g + warp_ / 2 * kTile;
+      const char* g = raw.g + warp_ / 2 * kTileBytes;
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) unpack(e[i], *reinterpret_cast<const uint2*>(g + place(i)));
     }
@@ -200,8 +199,6 @@ class FactorWarp {
         for_all([&](int i, int c) { e[i][c] = correct_large(e[i][c], input(x[i][c], c)); });
       }
       for_all([&](int i, int c) { e[i][c] = ptx::ex2(params.factor * e[i][c]); });
-    } else if constexpr (kGate == Gate::kGiven) {
-      for_all([&](int i, int c) { e[i][c] = ptx::ex2(kLog2E * e[i][c]); });
     } else {
       for_all([&](int i, int c) { e[i][c] = decay_of<kGate>(e[i][c], params, gate.shift[c]); });
     }

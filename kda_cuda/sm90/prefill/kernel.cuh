@@ -86,9 +86,10 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
       ptx::mbarrier_init(&s.empty[i], readers * kChainThreads + (chains ? 0 : 2 * 32));
     }
     for (int i = 0; i < Cfg::kSlots; ++i) {
-      // By parts: by a warp each, or by what another block announces; or whole; and by v's load.
-      const int parts = maker_of<Cfg>(i, rank).rank == rank ? 2 * 32 : 1;
-      ptx::mbarrier_init(&s.full[i], parts + 1);
+      // By the square warp of either part, or by who announces what another block sends; and by v's
+      // load.
+      const int makers = maker_of<Cfg>(i, rank).rank == rank ? 2 * 32 : 1;
+      ptx::mbarrier_init(&s.full[i], makers + 1);
       ptx::mbarrier_init(&s.values_empty[i], kChainThreads);
     }
     ptx::mbarrier_init_fence();

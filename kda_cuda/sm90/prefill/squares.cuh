@@ -162,8 +162,7 @@ class SquareWarp {
   };
 
   static constexpr int kLeftHalf = sizeof(Slot::left[0]), kRightHalf = sizeof(Slot::right[0]);
-  static constexpr int kQueries = kChunk * kRowBytes;  // q's rows in Slot::left
-  static constexpr int kLateRows = kPart * kRowBytes;  // the late part's in any tile
+  static constexpr int kQueries = kTileBytes;  // q's rows in Slot::left
 
   // The rows of the late part that this part multiplies with those of the early part.
   __device__ __forceinline__ uint32_t late_rows(const Slot& slot) const {
@@ -414,7 +413,7 @@ class SquareWarp {
       // each other; the halves of either, of 8 channels each, are right operands too.
       const Blocks both((lane_ & 8 ? at(raw.k) : at(raw.q)) + part_ * kLateRows,
                         {lane_ & 7, lane_ >> 4});
-      constexpr int kEight = 8 * kRowBytes, kRawHalf = sizeof(raw.k[0]);
+      constexpr int kEight = 8 * kRowBytes;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -422,7 +421,7 @@ class SquareWarp {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             uint32_t x[4];
-            ptx::ldmatrix_at(x, both[i] + half * kRawHalf + h * kEight);
+            ptx::ldmatrix_at(x, both[i] + half * kTileBytes + h * kEight);
             mma<Elem>(by_k[h], x, x[1], x[3]);
             mma<Elem>(by_q[h], x, x[0], x[2]);
           }

@@ -24,9 +24,8 @@ struct SteepK {
 };
 
 __device__ __forceinline__ SteepK steep_k(DType gate, int quarter) {
-  constexpr int kTile = kChunk * kRowBytes;
-  return gate == DType::kF32 ? SteepK{quarter * kTile, 0}
-                             : SteepK{(2 + quarter / 2) * kTile, quarter % 2 * 4};
+  return gate == DType::kF32 ? SteepK{quarter * kTileBytes, 0}
+                             : SteepK{(2 + quarter / 2) * kTileBytes, quarter % 2 * 4};
 }
 
 // Sums over a quarter's channels for each span: k k of tokens (1, 0), (2, 0), (2, 1), (3, 0), (3,
