@@ -40,9 +40,9 @@ ENDED=()
 # A machine may send back few files, and may be taken away: all travels as one, as it stands after
 # every part and every half minute of one.
 pack() {
-  tar -czf "$OUT/results.part" -C "$RESULTS" . && mv "$OUT/results.part" "$OUT/results.tgz"
+  tar -czf "$OUT/results.part" -C "$RESULTS" . && mv "$OUT"/results.{part,tgz}
   [ ! -e "$TRITON_CACHE" ] || (cd "$TRITON_CACHE" && find . -name '*.autotune.json' -print0 |
-    tar -czf "$OUT/fla-autotune.tgz" --null -T -)
+    tar -czf "$OUT/fla-autotune.part" --null -T - && mv "$OUT"/fla-autotune.{part,tgz})
 }
 
 # part NAME SECONDS COMMAND...: runs it with a limit, its output shown and kept.
@@ -55,7 +55,8 @@ part() {
     return
   fi
   echo "=== $name (from $start s, at most $limit s): $*"
-  (while sleep 30; do pack; done) >/dev/null 2>&1 &
+  # Ended between two packings, never in one.
+  (trap exit TERM; while sleep 30 & wait $!; do pack; done) >/dev/null 2>&1 &
   local packer=$!
   timeout --kill-after=20 "$limit" "$@" 2>&1 | tee "$RESULTS/$name.log"
   local status=${PIPESTATUS[0]}
