@@ -35,6 +35,21 @@ __device__ __forceinline__ void mbarrier_wait_at(uint32_t barrier, uint32_t pari
       : "memory");
 }
 
+// Whether it has.
+__device__ __forceinline__ bool mbarrier_passed_at(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+
 // The same for a whole warp, which the compiler then knows to stay together: a loop that lanes may
 // leave one by one costs it uniform registers, and the code around it spills.
 __device__ __forceinline__ void mbarrier_wait_together_at(uint32_t barrier, uint32_t parity) {
@@ -101,6 +116,18 @@ __device__ __forceinline__ void copy_from_global(uint32_t to, const void* from, 
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// A store on a condition that is no branch: those wait for what is being loaded.
+__device__ __forceinline__ void store_if(bool wanted, void* to, const uint4& x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %0, 0;\n"
+      "@wanted st.global.v4.u32 [%1], {%2, %3, %4, %5};\n"
+      "}\n" ::"r"(static_cast<uint32_t>(wanted)),
+      "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
       : "memory");
 }
 

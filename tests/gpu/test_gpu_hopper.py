@@ -150,21 +150,23 @@ def test_the_number_of_chains_changes_no_bit(flashkda, company, heads):
     assert_bits_alone(flashkda, heads, company, 203)
 
 
-# As many heads as blocks on any SMs share, by memory of their own, on a GPU of 132 SMs.
-APART = 32
+# Of a GPU of 132 SMs: heads that have six blocks each on any SMs, four in a cluster, and four on any.
+SHARED = pytest.mark.parametrize("heads", [22, 30, 32])
 
 
-def test_blocks_that_are_apart_take_no_bit_along(flashkda):
+@SHARED
+def test_blocks_that_share_a_head_take_no_bit_along(flashkda, heads):
     """The same bits on fresh and on used memory, in a graph too, as with few heads at a time."""
-    for call, o, state in replays(flashkda, 1300, APART):
-        for half in (slice(0, APART // 2), slice(APART // 2, APART)):
+    for call, o, state in replays(flashkda, 1300, heads):
+        for half in (slice(0, heads // 2), slice(heads // 2, heads)):
             o_half, state_half = flashkda.chunk_kda(**of_heads(call, half))
             assert torch.equal(o[:, :, half], o_half)
             assert torch.equal(state[:, half], state_half)
 
 
-def test_blocks_that_are_apart_on_several_streams(flashkda):
-    assert_bits_on_streams(flashkda, APART)
+@SHARED
+def test_blocks_that_share_a_head_on_several_streams(flashkda, heads):
+    assert_bits_on_streams(flashkda, heads)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "out"])

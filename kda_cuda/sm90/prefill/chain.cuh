@@ -34,18 +34,29 @@ class Chain {
   using Traits = ElementTraits<Elem>;
   using Major = cute::SM90::GMMA::Major;
   static constexpr bool kRoomy = Cfg::kChainGroups == 1;
-  static constexpr int kTiles = kChannels / 8;  // of the accumulator: eight channels each
+  static constexpr bool kLone = Cfg::kMakersOnly;  // nothing else works in its block
+  static constexpr int kTiles = kChannels / 8;     // of the accumulator: eight channels each
 
  public:
   __device__ Chain(const Problem& p, const Maps& maps, const Work& w, Shared<Cfg>& s, int rank,
                    int warp, int lane)
-      : p_(p), maps_(maps), w_(w), s_(s), rank_(rank), lane_(lane), warp_(warp) {}
+      : p_(p), maps_(maps), w_(w), s_(s), rank_(rank), lane_(lane), warp_(warp) {
+    if constexpr (kLone) {
+      tokens_ = __shfl_sync(~0u, static_cast<int>(w.tokens), 0);
+      zero_ = static_cast<uint32_t>(w.tokens >> 32);
+      o_ = static_cast<Elem*>(p.o.ptr) + w.row * p.o.stride_b +
+           (w.begin + lane / 2) * p.o.stride_t + w.hv * p.o.stride_h + w.v0 + warp * 16 +
+           lane % 2 * 8;
+      o_part_ = ptx::opaque(kPart * p.o.stride_t);
+    }
+  }
 
   __device__ void run() {
     static_assert(kCheckpointUnit == kPart, "a checkpoint lies between two parts");
     float S[kTiles][4];
+    Decays enter;
     load_state(S);
-    int left = static_cast<int>(w_.tokens);
+    int left = kLone ? tokens_ : static_cast<int>(w_.tokens);
     list_checkpoints();
     const FirstCheckpoint first = first_checkpoint(p_, w_.n, w_.tokens, lane_);
     if (first.wrong) columns().spoil_wrong_checkpoints(p_);
@@ -53,20 +64,25 @@ class Chain {
     if (left == stop || left == 0) stop = give<0>(S, nullptr, nullptr, left, stop, left == 0);
     int at = 0;
     uint32_t parity = 0;
-    constexpr auto kNothing = [](const auto&...) {};
+    constexpr Nothing kNothing;
     const auto next = [&] {
       at = at + 1 == Cfg::kSlots ? 0 : at + 1;
       parity ^= at == 0;
       left -= kChunk;
     };
+    if (kLone && left > 0) {  // from then on a step waits for the next one's chunk
+      ptx::mbarrier_wait_at(at_of(&s_.full[at]), parity);
+      load_decays(enter, s_.slots[at].enter);
+    }
     while (left > 0) {
       // Up to the step in or after which the state is wanted. Shuffled, so that the compiler sees
       // that a warpgroup's threads walk together.
       const int bound = __shfl_sync(~0u, max(stop, 0) + kChunk, 0);
 #pragma unroll 1
       while (left > bound) {
-        lane_ = ptx::opaque_lane(lane_);  // places are cheaper to find again than to keep
-        step(S, at, parity, left, kNothing, kNothing);
+        // Places are cheaper to find again than to keep.
+        if constexpr (!kLone) lane_ = ptx::opaque_lane(lane_);
+        step(S, enter, at, parity, left, kNothing, kNothing);
         next();
       }
       const auto inside = [&](const float (&u0)[4], const float (&u1)[4], const uint32_t (&u)[4],
@@ -78,8 +94,8 @@ class Chain {
         round_off(rest[0], u0, u1, u);
         stop = give<1>(S, rest, &slot, stop, stop, false);
       };
-      const auto end = [&](const float (&d)[8][4], const uint32_t (&u)[4],
-                           const uint32_t (&u_late)[4], const Slot& slot) {
+      const auto end = [&](const auto& d, const uint32_t (&u)[4], const uint32_t (&u_late)[4],
+                           const Slot& slot) {
         cute::warpgroup_wait<0>();
         fence(S);
         uint32_t rest[2][4];
@@ -87,13 +103,13 @@ class Chain {
         round_off(rest[1], d[2], d[3], u_late);
         stop = give<2>(S, rest, &slot, left - kChunk, stop, left <= kChunk);
       };
-      step(S, at, parity, left, inside, end);
+      step(S, enter, at, parity, left, inside, end);
       next();
       // Found anew, lest the loop above lack the registers that storing a state takes.
       parity = (static_cast<uint32_t>(w_.tokens) - left) / (kChunk * Cfg::kSlots) & 1;
     }
     if (w_.tokens == 0) return;
-    if (left == 0) {
+    if (left == 0 && !kLone) {
       send_outputs(left);
       ptx::wait_for_sent();
     } else {
@@ -144,6 +160,12 @@ class Chain {
       fill_from(static_cast<const Elem*>(x.ptr), [](Elem y) { return __bfloat162float(y); });
     }
   }
+
+  // What is done inside and at the end of a step in which no state is wanted.
+  struct Nothing {
+    template <class... X>
+    __device__ __forceinline__ void operator()(const X&...) const {}
+  };
 
   // What the chain finds ahead of its sequence's checkpoints, lest it wait for global memory where
   // it keeps a state.
@@ -267,14 +289,20 @@ class Chain {
     return reinterpret_cast<const float4*>(x)[lane_ % 4];
   }
 
+  static __device__ __forceinline__ uint32_t bits(float x) { return __float_as_uint(x); }
+  static __device__ __forceinline__ uint32_t bits(const Decays& x) {
+    uint32_t all = 0;
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) all |= bits(x[n].x);
+    return all;
+  }
+
   // Tells who fills the slot. last: what was read of the slot last, and is not
   // used before this. Decays have no sign, so that it only delays the address.
   __device__ __forceinline__ void release(int slot, const Decays& last) const {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int n = 0; n < kTiles / 2; ++n) bits |= __float_as_uint(last[n].x);
+    const uint32_t all = bits(last);
     const Maker maker = maker_of<Cfg>(slot, rank_);
-    const uint32_t empty = at_of(&s_.empty[Cfg::kApart ? slot : maker.stage]) + (bits >> 31);
+    const uint32_t empty = at_of(&s_.empty[Cfg::kApart ? slot : maker.stage]) + (all >> 31);
     if constexpr (Cfg::kCluster > 1) {
       ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, maker.rank));
     } else {
@@ -524,14 +552,18 @@ class Chain {
                                   (row_offset(rows.row, rows.piece) ^ warp_ % 4 * 2 * kPiece));
   }
 
-  // One chunk. `inside` is done when the early part's update has
-  // been started, `end` when both parts' have.
+  // One chunk. `inside` is done when the early part's update has been started, `end` when both
+  // parts' have. ahead: what a lone chain has loaded of it.
   template <class Inside, class End>
-  __device__ __forceinline__ void step(float (&S)[kTiles][4], int at, uint32_t parity, int left,
-                                       const Inside& inside, const End& end) const {
+  __device__ __forceinline__ void step(float (&S)[kTiles][4], Decays& ahead, int at,
+                                       uint32_t parity, int left, const Inside& inside,
+                                       const End& end) {
     const Slot& slot = s_.slots[at];
     // Shuffled, so that descriptors stay in uniform registers.
     const uint32_t tiles = __shfl_sync(~0u, descriptor_address(at_of(&slot)), 0);
+    if constexpr (kLone) {
+      return lone_step(S, ahead, tiles, at, parity, left, inside, end);
+    }
     ptx::mbarrier_wait_at(at_of(&s_.full[at]), parity);
     {
       Decays enter;
@@ -643,6 +675,24 @@ class Chain {
     finish_output(d[6], d[7], d[2], d[3], finishing_late, 1);
   }
 
+  // The same by a chain that nothing keeps from issuing (lone_step.cuh). enter: the chunk's, and
+  // then the next one's.
+  template <class Inside, class End>
+  __device__ __forceinline__ void lone_step(float (&S)[kTiles][4], Decays& enter, uint32_t tiles,
+                                            int at, uint32_t parity, int left, const Inside& inside,
+                                            const End& end);
+  __device__ __forceinline__ void start_state_products(float (&x)[4][4], float (&y)[4][4],
+                                                       const float (&S)[kTiles][4], uint32_t tiles,
+                                                       const uint32_t (&loaded)[4]) const;
+  __device__ __forceinline__ void load_outputs(uint4 (&o)[2]) const;
+  __device__ __forceinline__ void put_outputs(const uint4 (&o)[2], bool any);
+
+  // x, but not before y is known: orders what the assembler would order otherwise.
+  template <class X>
+  __device__ __forceinline__ X after(X x, uint32_t y) const {
+    return x | static_cast<X>(y & zero_);
+  }
+
   // Has the copy engine take O of the chunk, a whole one, before that with `left` to go, if there
   // is one.
   __device__ __forceinline__ void send_outputs(int left) const {
@@ -678,6 +728,13 @@ class Chain {
   int rank_;  // of the block in its team
   int lane_;
   int warp_;  // of all chain warps: 16 value columns each
+  // Of a lone chain alone.
+  int tokens_;      // of the sequence, and known to be the same in all lanes
+  uint32_t zero_;   // 0, and not known to be that
+  Elem* o_;         // where the lane stores its piece of the next chunk's early part
+  int64_t o_part_;  // from there to the late part's
 };
 
 }  // namespace flashkda::cuda::sm90::prefill
+
+#include "lone_step.cuh"

@@ -25,23 +25,29 @@ struct Config {
   static constexpr int kHeads = kChainBlocks * VS / kChannels;  // of a team
   static constexpr int kChainGroups = VS / 64;
   static constexpr int kFactorGroups = 3 - kChainGroups;             // two take a part each
-  static constexpr bool kMakersOnly = kMakerBlocks == 2;             // chain blocks make none
+  static constexpr bool kMakersOnly = kMakerBlocks > 1;              // chain blocks make none
   static constexpr bool kHelped = kMakerBlocks == 1 && kHeads == 1;  // chain blocks make few
   static constexpr int kThreads = 4 * kGroupThreads;
-  static constexpr int kChainRegisters = kChainGroups == 2 ? 160 : 184;
+  static constexpr int kChainRegisters = kMakersOnly ? 240 : kChainGroups == 2 ? 160 : 184;
+  static constexpr int kIdleRegisters = 88;  // where a block makes none, of who would
   static constexpr int kSquareRegisters = 96;
   static constexpr int kFactorRegisters = kFactorGroups == 1 ? 96 : 112;
-  static_assert(kChainGroups * kChainRegisters + kSquareRegisters +
-                        kFactorGroups * kFactorRegisters <=
-                    512,
+  static_assert(kMakersOnly ? kChainRegisters + 3 * kIdleRegisters <= 512
+                            : kChainGroups * kChainRegisters + kSquareRegisters +
+                                      kFactorGroups * kFactorRegisters <=
+                                  512,
                 "a multiprocessor has 512 registers for each of 128 threads");
 
   static constexpr int kSlots = kMakersOnly ? 6 : kHelped ? 5 : 4;  // of finished chunks and of v
-  // Slots whose chunks a block makes, at most.
-  static constexpr int kOwn = kMakersOnly         ? kSlots / kMakerBlocks
+  // Slots whose chunks a block makes, at most; if makers alone make any, of its own, wherever the
+  // chunks go.
+  static constexpr int kOwn = kMakersOnly         ? 3
                               : kHelped           ? kSlots - kChainBlocks
                               : kMakerBlocks == 1 ? kSlots - 1
                                                   : kSlots / kChainBlocks;
+  // Chunks until a block comes to its first slot again.
+  static constexpr int kRound = kMakersOnly ? kOwn * kMakerBlocks : kSlots;
+  static_assert(kApart || kRound == kSlots);
   // A block without a chain has its warpgroup make factors, and what three chunks are made of.
   static constexpr bool kEager = kMakerBlocks > 0 && kHeads == 1;
   static constexpr int kHeld = kEager ? 3 : 2;  // chunks whose raw inputs a block holds at most
@@ -56,6 +62,7 @@ using Whole = Config<128, 1, 0>;  // a head a block
 using Halves = Config<64, 2, 0>;  // a head on two blocks, each of which makes every other chunk
 using Fed = Config<64, 2, 2>;     // the same with two blocks that make all chunks
 using Apart = Config<64, 2, 2, true>;  // as Fed, the four on any SMs
+using Ample = Config<64, 2, 4, true>;  // as Apart with four that make chunks
 using Helped = Config<64, 2, 1>;   // two blocks of a head, with one that makes three chunks in five
 using Threes = Config<128, 3, 1>;  // three heads, for each of which the fourth block makes one
                                    // chunk in four

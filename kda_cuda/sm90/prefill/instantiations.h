@@ -35,6 +35,7 @@ int find_resident_clusters(const Target& target);
   FLASHKDA_PREFILL_AS(Halves, kGate); \
   FLASHKDA_PREFILL_AS(Fed, kGate);    \
   FLASHKDA_PREFILL_AS(Apart, kGate);  \
+  FLASHKDA_PREFILL_AS(Ample, kGate);  \
   FLASHKDA_PREFILL_AS(Helped, kGate); \
   FLASHKDA_PREFILL_AS(Threes, kGate)
 

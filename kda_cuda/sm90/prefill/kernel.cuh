@@ -102,21 +102,27 @@ __global__ void __cluster_dims__(Cfg::kCluster, 1, 1) __launch_bounds__(Cfg::kTh
   if (group < Cfg::kChainGroups && chains) {
     ptx::more_registers<Cfg::kChainRegisters>();
     Chain<Cfg>(p, maps, w, s, rank, warp, lane).run();
+  } else if (!makes_chunks<Cfg>(rank)) {
+    ptx::fewer_registers<Cfg::kIdleRegisters>();
+    const int square = warp - 4 * kSquareGroup;
+    if (square == 0) {
+      Loader<Cfg>(p, maps, s).load_all_values(static_cast<int>(w.tokens));
+    } else if (Cfg::kApart && square == 2) {
+      Loader<Cfg>(p, maps, s).take_chunks(rank, w.chunks, lane);
+    }
   } else if (group < kSquareGroup) {
     ptx::fewer_registers<Cfg::kFactorRegisters>();
     const int factor = group < Cfg::kChainGroups ? Cfg::kFactorGroups : group - Cfg::kChainGroups;
-    if (makes_chunks<Cfg>(rank) && factor < factor_groups<Cfg>(rank)) {
+    if (factor < factor_groups<Cfg>(rank)) {
       FactorWarp<Cfg, kGate>(p, w, s, rank, factor, warp % 4, lane).run();
     }
   } else {
     ptx::fewer_registers<Cfg::kSquareRegisters>();
     const int square = warp - 4 * kSquareGroup;
-    if (makes_chunks<Cfg>(rank) && !(makes_few<Cfg>(rank) && square >= 2)) {
+    if (!makes_few<Cfg>(rank) || square < 2) {
       SquareWarp<Cfg>(p, maps, w, s, rank, square, lane).run();
-    } else if (square == (makes_few<Cfg>(rank) ? 2 : 0)) {
+    } else if (square == 2) {
       Loader<Cfg>(p, maps, s).load_all_values(static_cast<int>(w.tokens));
-    } else if (Cfg::kApart && square == 2) {
-      Loader<Cfg>(p, maps, s).take_chunks(rank, w.chunks, lane);
     }
   }
   // Others may still arrive at this block's barriers.

@@ -62,7 +62,7 @@ int64_t heads_by_threes(const Problem& p, int64_t heads, const Target& target) {
 }
 
 // The ways of sharing heads among blocks (config.h).
-enum class Way { kWhole, kThrees, kHalves, kHelped, kFed, kApart };
+enum class Way { kWhole, kThrees, kHalves, kHelped, kFed, kApart, kAmple };
 
 // Chains are what takes the time. Where SMs would be idle, they take shares of a head's chain and
 // of the making of chunks; results do not depend on it.
@@ -70,14 +70,16 @@ Way choose(const Problem& p, const Target& target) {
   const int64_t heads = p.N * p.HV;
   const int64_t never = std::numeric_limits<int64_t>::max();
   // Teams that are apart need memory each, of which no more than a round's is asked for.
-  const bool at_once = heads <= resident_clusters<Apart>(target);
+  const bool apart = heads <= resident_clusters<Apart>(target);
+  const bool ample = heads <= resident_clusters<Ample>(target);
   const std::pair<int64_t, Way> ways[] = {
       {cost<Whole>(heads, target, 223), Way::kWhole},
       {heads_by_threes(p, heads, target) > 0 ? 188 : never, Way::kThrees},
       {cost<Halves>(heads, target, 133), Way::kHalves},
       {cost<Helped>(heads, target, 111), Way::kHelped},
       {cost<Fed>(heads, target, 90), Way::kFed},
-      {at_once ? 94 : never, Way::kApart},
+      {apart ? 94 : never, Way::kApart},
+      {ample ? 81 : never, Way::kAmple},
   };
   return std::min_element(std::begin(ways), std::end(ways),
                           [](const auto& x, const auto& y) { return x.first < y.first; })
@@ -86,13 +88,14 @@ Way choose(const Problem& p, const Target& target) {
 
 using Layout = StockLayout<StockFlags, Slot, kStock>;
 
+template <class Cfg>
 cudaError_t launch_apart(const Problem& p, const Target& target, void* workspace,
                          cudaStream_t stream) {
   const int64_t heads = p.N * p.HV;
   Stock stock;
   const cudaError_t error = Layout(heads).lay_out(workspace, stream, &stock);
   if (error != cudaSuccess) return error;
-  return launch_heads<Apart>(p, target, stream, {0, heads, false, stock});
+  return launch_heads<Cfg>(p, target, stream, {0, heads, false, stock});
 }
 
 }  // namespace
@@ -103,7 +106,9 @@ bool serves(const Problem& p, const Target& target) {
 }
 
 int64_t workspace_bytes(const Problem& p, const Target& target) {
-  return choose(p, target) == Way::kApart ? Layout(p.N * p.HV).bytes() : 0;
+  const Way way = choose(p, target);
+  const bool stocks = way == Way::kApart || way == Way::kAmple;
+  return stocks ? Layout(p.N * p.HV).bytes() : 0;
 }
 
 cudaError_t launch(const Problem& p, const Target& target, void* workspace, cudaStream_t stream) {
@@ -119,7 +124,9 @@ cudaError_t launch(const Problem& p, const Target& target, void* workspace, cuda
     case Way::kFed:
       return launch_heads<Fed>(p, target, stream, {0, heads});
     case Way::kApart:
-      return launch_apart(p, target, workspace, stream);
+      return launch_apart<Apart>(p, target, workspace, stream);
+    case Way::kAmple:
+      return launch_apart<Ample>(p, target, workspace, stream);
     case Way::kThrees: {
       const int64_t by_threes = heads_by_threes(p, heads, target);
       const cudaError_t error = launch_heads<Threes>(p, target, stream, {0, by_threes});

@@ -348,7 +348,6 @@ class SquareWarp {
     if (cute::elect_one_sync()) {
       constexpr uint32_t kFactors = offsetof(Slot, squares);
       if constexpr (Cfg::kApart) {
-        publish();
         // Until both readers have taken the chunk that lies there.
         const unsigned needed = max(turn.chunk() + 1 - kStock, 0);
         while (min(taken.x, taken.y) < needed) taken = load_taken();
@@ -431,6 +430,10 @@ class SquareWarp {
     ptx::mbarrier_arrive_at(at(&s_.norms[use.at][part_]));
     // Factor warps wait only where they are steep; synccheck wants every phase waited for.
     ptx::mbarrier_wait_at(at(&s_.norms[use.at][part_]), use.parity);
+    if constexpr (Cfg::kApart) {
+      if (cute::elect_one_sync()) publish();
+      __syncwarp();
+    }
     ptx::mbarrier_wait_at(at(&s_.factors_full[use.at]), use.parity);
     const int4 decays = *reinterpret_cast<const int4*>(s_.decay[use.at][part_]);
     const bool usual = (decays.x | decays.y | decays.z | decays.w) == kUsual;

@@ -3,7 +3,8 @@
 //
 //   Whole   the block makes all
 //   Halves  slot s: block s % 2, for both
-//   Fed     slot s: block 2 + s % 2, for both others; Apart likewise
+//   Fed     slot s: block 2 + s % 2, for both others; Apart likewise, and Ample with chunks c and
+//           blocks 2 + c % 4: what is handed over through global memory may go to any slot
 //   Helped  slots 0 and 2: blocks 0 and 1, for both; the others: block 2, for both
 //   Threes  slot 1 + i of block i: block 3; the others: block i. The fourth block's work is thus
 //           spread over time.
@@ -113,7 +114,7 @@ struct Turn {
     if (stage >= own_slots<Cfg>(rank)) {
       stage -= own_slots<Cfg>(rank);
       parity ^= 1;
-      ring += Cfg::kSlots;
+      ring += Cfg::kRound;
     }
   }
 
