@@ -327,8 +327,8 @@ class SquareWarp {
     return ptx::load_relaxed(&s_.stock.flags->taken);
   }
 
-  // Says, by the thread that copied it, that the part of the last chunk lies in the stock. A turn
-  // later, because a copy takes its time.
+  // Says, by the thread that copied it, that the part of the last chunk lies in the stock. In the
+  // next turn, because a copy takes its time.
   __device__ __forceinline__ void publish() const {
     if (put_ < 0) return;
     ptx::wait_for_copied();
