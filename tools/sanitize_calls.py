@@ -45,7 +45,7 @@ def chunk_calls():
     yield "heads on two blocks and a maker", call("bounded, slow", (180,), heads=40)
     yield "heads on two blocks and two makers", call("bounded, slow", (220,), heads=23)
     yield "heads on four blocks that are apart", call("bounded, slow", (560,), heads=31)
-    yield "heads on six blocks that are apart", call("bounded, slow", (560,), heads=2)
+    yield "heads on six blocks that are apart", call("bounded, slow", (1030,), heads=2)
     yield "three heads on four blocks", call("softplus, steep", (140,), heads=96)
     fp16 = call("bounded, usual")
     for name in ("q", "k", "v", "g", "beta"):

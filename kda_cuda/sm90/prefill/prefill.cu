@@ -61,6 +61,9 @@ int64_t heads_by_threes(const Problem& p, int64_t heads, const Target& target) {
   return others * Halves::kCluster <= idle ? clusters * Threes::kHeads : 0;
 }
 
+// From this mean length of a sequence on, Ample has made up for its later beginning.
+constexpr int64_t kAmpleTokens = 1024;
+
 // The ways of sharing heads among blocks (config.h).
 enum class Way { kWhole, kThrees, kHalves, kHelped, kFed, kApart, kAmple };
 
@@ -71,7 +74,9 @@ Way choose(const Problem& p, const Target& target) {
   const int64_t never = std::numeric_limits<int64_t>::max();
   // Teams that are apart need memory each, of which no more than a round's is asked for.
   const bool apart = heads <= resident_clusters<Apart>(target);
-  const bool ample = heads <= resident_clusters<Ample>(target);
+  // Beside Fed, what goes through global memory begins some microseconds later.
+  const int64_t length = p.cu_seqlens == nullptr ? p.T : p.T / std::max(p.N, int64_t{1});
+  const bool ample = heads <= resident_clusters<Ample>(target) && length >= kAmpleTokens;
   const std::pair<int64_t, Way> ways[] = {
       {cost<Whole>(heads, target, 223), Way::kWhole},
       {heads_by_threes(p, heads, target) > 0 ? 188 : never, Way::kThrees},
