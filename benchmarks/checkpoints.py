@@ -51,6 +51,7 @@ def variants(x: cases.Inputs) -> dict[str, Callable[[], Any]]:
 
 
 def measure(case: cases.Case, gate: str, timer: timing.Timer) -> list[dict[str, Any]]:
+    """A row a variant, of ROUNDS rounds in which the variants take turns."""
     calls = variants(cases.make_inputs(case, gate, "cuda"))  # hold what the graphs read
     captured = {name: timing.Captured(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in captured}

@@ -225,6 +225,13 @@ class Chain {
     }
   }
 
+  // Of 16 channels, the kk-th of them, from `rows` bytes into a half tile on.
+  static __device__ __forceinline__ uint64_t left_factors(uint32_t tiles, uint32_t rows, int kk) {
+    constexpr uint32_t kHalfTile = sizeof(Slot::left[0]);
+    return make_descriptor(
+        tiles + (offsetof(Slot, left) + rows + kk / 4 * kHalfTile) / kPiece + kk % 4 * 2, 0);
+  }
+
   // d = S^T left^T: tiles 0 to 3 are k' S, tiles 4 to 7 q' S. tiles: the slot's, for descriptors.
   __device__ __forceinline__ void start_state_product(float (&d)[8][4], const float (&S)[kTiles][4],
                                                       uint32_t tiles) const {
@@ -235,9 +242,7 @@ class Chain {
     cute::warpgroup_arrive();
 #pragma unroll
     for (int kk = 0; kk < kTiles / 2; ++kk) {
-      constexpr uint32_t kHalfTile = sizeof(Slot::left[0]);
-      const uint64_t b = make_descriptor(
-          tiles + (offsetof(Slot, left) + kk / 4 * kHalfTile) / kPiece + kk % 4 * 2, 0);
+      const uint64_t b = left_factors(tiles, 0, kk);
 #define FLASHKDA_TILE(n) d[n][0], d[n][1], d[n][2], d[n][3]
       Product::fma(a[kk][0], a[kk][1], a[kk][2], a[kk][3], b, FLASHKDA_TILE(0), FLASHKDA_TILE(1),
                    FLASHKDA_TILE(2), FLASHKDA_TILE(3), FLASHKDA_TILE(4), FLASHKDA_TILE(5),
@@ -708,6 +713,12 @@ class Chain {
     }
   }
 
+  // The lane's half of a row of what is staged.
+  __device__ __forceinline__ const uint4& staged_output(int row) const {
+    return *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(s_.o[warp_]) +
+                                           square_offset(row, lane_ % 2));
+  }
+
   // The same of a chunk of which `rows` tokens are the sequence's.
   __device__ __forceinline__ void store_outputs(int rows) const {
     __syncwarp();  // they have been written
@@ -715,9 +726,7 @@ class Chain {
                     (w_.begin + w_.tokens - rows) * p_.o.stride_t + w_.hv * p_.o.stride_h + w_.v0 +
                     warp_ * 16;
     for (int row = lane_ / 2; row < rows; row += kPart) {
-      const char* from = reinterpret_cast<const char*>(s_.o[warp_]) + square_offset(row, lane_ % 2);
-      reinterpret_cast<uint4*>(o + row * p_.o.stride_t)[lane_ % 2] =
-          *reinterpret_cast<const uint4*>(from);
+      reinterpret_cast<uint4*>(o + row * p_.o.stride_t)[lane_ % 2] = staged_output(row);
     }
   }
 
@@ -736,5 +745,3 @@ class Chain {
 };
 
 }  // namespace flashkda::cuda::sm90::prefill
-
-#include "lone_step.cuh"

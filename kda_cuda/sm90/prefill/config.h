@@ -29,7 +29,7 @@ struct Config {
   static constexpr bool kHelped = kMakerBlocks == 1 && kHeads == 1;  // chain blocks make few
   static constexpr int kThreads = 4 * kGroupThreads;
   static constexpr int kChainRegisters = kMakersOnly ? 240 : kChainGroups == 2 ? 160 : 184;
-  static constexpr int kIdleRegisters = 88;  // where a block makes none, of who would
+  static constexpr int kIdleRegisters = 88;  // beside a lone chain, of all others
   static constexpr int kSquareRegisters = 96;
   static constexpr int kFactorRegisters = kFactorGroups == 1 ? 96 : 112;
   static_assert(kMakersOnly ? kChainRegisters + 3 * kIdleRegisters <= 512

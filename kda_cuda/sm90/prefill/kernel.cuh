@@ -8,6 +8,7 @@
 #include "chain.cuh"
 #include "factors.cuh"
 #include "instantiations.h"
+#include "lone_step.cuh"
 #include "maps.h"
 #include "shared.cuh"
 #include "squares.cuh"

@@ -111,9 +111,7 @@ __device__ __forceinline__ void Chain<Cfg>::start_state_products(
   const auto start = [&](float (&d)[4][4], uint32_t rows) {
 #pragma unroll
     for (int kk = 0; kk < kSteps; ++kk) {
-      constexpr uint32_t kHalfTile = sizeof(Slot::left[0]);
-      const uint64_t b = make_descriptor(
-          tiles + (offsetof(Slot, left) + rows + kk / 4 * kHalfTile) / kPiece + kk % 4 * 2, 0);
+      const uint64_t b = left_factors(tiles, rows, kk);
 #define FLASHKDA_TILE(n) d[n][0], d[n][1], d[n][2], d[n][3]
       Product::fma(a[kk][0], a[kk][1], a[kk][2], a[kk][3], b, FLASHKDA_TILE(0), FLASHKDA_TILE(1),
                    FLASHKDA_TILE(2), FLASHKDA_TILE(3),
@@ -131,10 +129,7 @@ template <class Cfg>
 __device__ __forceinline__ void Chain<Cfg>::load_outputs(uint4 (&o)[2]) const {
   __syncwarp();  // they have been written
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    o[part] = *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(s_.o[warp_]) +
-                                              square_offset(lane_ / 2 + part * kPart, lane_ % 2));
-  }
+  for (int part = 0; part < 2; ++part) o[part] = staged_output(lane_ / 2 + part * kPart);
 }
 
 template <class Cfg>

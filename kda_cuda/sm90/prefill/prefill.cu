@@ -61,7 +61,8 @@ int64_t heads_by_threes(const Problem& p, int64_t heads, const Target& target) {
   return others * Halves::kCluster <= idle ? clusters * Threes::kHeads : 0;
 }
 
-// From this mean length of a sequence on, Ample has made up for its later beginning.
+// What goes through global memory begins some microseconds later than with Fed. From this mean
+// length of a sequence on, Ample has made up for it.
 constexpr int64_t kAmpleTokens = 1024;
 
 // The ways of sharing heads among blocks (config.h).
@@ -74,7 +75,6 @@ Way choose(const Problem& p, const Target& target) {
   const int64_t never = std::numeric_limits<int64_t>::max();
   // Teams that are apart need memory each, of which no more than a round's is asked for.
   const bool apart = heads <= resident_clusters<Apart>(target);
-  // Beside Fed, what goes through global memory begins some microseconds later.
   const int64_t length = p.cu_seqlens == nullptr ? p.T : p.T / std::max(p.N, int64_t{1});
   const bool ample = heads <= resident_clusters<Ample>(target) && length >= kAmpleTokens;
   const std::pair<int64_t, Way> ways[] = {

@@ -84,7 +84,8 @@ struct Maker {
   int rank, stage;
 };
 
-// Who makes the chunks of a slot of this chain block.
+// Who makes the chunks of a slot of this chain block. What is handed over through global memory
+// goes to the next slot, whoever made it: then only that it is another block is of use.
 template <class Cfg>
 __device__ __forceinline__ Maker maker_of(int slot, int rank) {
   if constexpr (Cfg::kMakersOnly) {
