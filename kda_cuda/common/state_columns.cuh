@@ -111,9 +111,13 @@ __device__ __noinline__ int store_checkpoints(const Problem& p, const float4* S,
     }
   };
   const LoadedCheckpoints<int64_t> loaded = {p, columns.n, columns.tokens, columns.lane};
-  CheckpointRows<LoadedCheckpoints<int64_t>> rows(p, loaded, columns.tokens, unit, columns.lane);
-  for (int64_t row; (row = rows.next()) >= 0;) store(row);
-  return columns.left_at(rows.stop());
+  Checkpoint at = first_checkpoint(p, loaded, columns.tokens, unit, columns.lane);
+  while (at.unit == unit) {
+    const int64_t row = row_of(p, loaded, at.c);
+    if (row >= 0) store(row);
+    at = next_checkpoint(p, loaded, columns.tokens, at, columns.lane);
+  }
+  return columns.left_at(at.unit);
 }
 
 template <int K>

@@ -54,43 +54,10 @@ __device__ __forceinline__ int checkpoint_unit(const Problem& p, int64_t n, int6
   return static_cast<int>(offset / kCheckpointUnit);
 }
 
-// Checkpoint c of the sequence: its unit, and its row of checkpoints.states, which may lie outside
-// of them.
-struct alignas(16) Checkpoint {
-  int64_t row = -1;
-  int unit = kNoCheckpoint;
-};
-__device__ __forceinline__ Checkpoint load_checkpoint(const Problem& p, int64_t n, int64_t tokens,
-                                                      int c) {
+// The row that checkpoint c of the sequence names, which may be none of checkpoints.states.
+__device__ __forceinline__ int64_t checkpoint_row(const Problem& p, int64_t n, int c) {
   const Checkpoints& x = p.checkpoints;
-  Checkpoint found;
-  // Loaded with the offset, lest one latency follow the other.
-  found.row = x.indices.ptr == nullptr ? n * x.C + c : load_index(x.indices, n, c);
-  found.unit = checkpoint_unit(p, n, tokens, c);
-  return found;
-}
-
-// The first unit before which sequence n keeps a state, or kNoCheckpoint; and whether any of its
-// offsets is wrong.
-struct FirstCheckpoint {
-  int unit;
-  bool wrong;
-};
-__device__ __forceinline__ FirstCheckpoint first_checkpoint(const Problem& p, int64_t n,
-                                                            int64_t tokens, int lane) {
-  const Checkpoints& x = p.checkpoints;
-  if (x.states.ptr == nullptr) return {kNoCheckpoint, false};
-  if (x.interval > 0) return {tokens > 0 ? 0 : kNoCheckpoint, false};
-  int first = kNoCheckpoint;
-  bool wrong = false;
-#pragma unroll 1
-  for (int begin = 0; begin < x.C; begin += 32) {
-    const int c = begin + lane;
-    const int unit = c < x.C ? checkpoint_unit(p, n, tokens, c) : kNoCheckpoint;
-    wrong |= unit == kWrongCheckpoint;
-    first = min(first, unit == kWrongCheckpoint ? kNoCheckpoint : unit);
-  }
-  return {__reduce_min_sync(~0u, first), __any_sync(~0u, wrong) != 0};
+  return x.indices.ptr == nullptr ? n * x.C + c : load_index(x.indices, n, c);
 }
 
 // How many states at the interval the sequences before n keep. Tokens: what theirs are counted in,
@@ -112,6 +79,12 @@ __device__ __forceinline__ int64_t intervals_before(const Problem& p, int64_t n,
   return __reduce_add_sync(~0u, count);
 }
 
+// A checkpoint of the sequence: the c-th of its offsets, or of those at the interval.
+struct Checkpoint {
+  int unit;
+  int c;
+};
+
 // What the search below asks for, from global memory. Tokens: as above.
 template <class Tokens>
 struct LoadedCheckpoints {
@@ -119,71 +92,60 @@ struct LoadedCheckpoints {
   int64_t n, tokens;
   int lane;
 
-  __device__ __forceinline__ Checkpoint operator[](int c) const {
-    return load_checkpoint(p, n, tokens, c);
-  }
+  __device__ __forceinline__ int unit(int c) const { return checkpoint_unit(p, n, tokens, c); }
+  __device__ __forceinline__ int64_t row(int c) const { return checkpoint_row(p, n, c); }
   __device__ __forceinline__ int64_t intervals_before() const {
     return cuda::intervals_before<Tokens>(p, n, lane);
   }
 };
 
-// The rows of checkpoints.states that keep the state before unit `now`, one after another. For
-// kBeforeAll there are none, for kWrongCheckpoint those that a wrong offset leaves without a state.
+// Of the offsets, the first checkpoint after another, by units and among a unit's by c.
 template <class Found>
-class CheckpointRows {
- public:
-  __device__ __forceinline__ CheckpointRows(const Problem& p, const Found& found, int64_t tokens,
-                                            int now, int lane)
-      : p_(p), found_(found), tokens_(tokens), now_(now), lane_(lane) {}
-
-  // -1: no more.
-  __device__ __forceinline__ int64_t next() {
-    const Checkpoints& x = p_.checkpoints;
-    if (x.states.ptr == nullptr) return -1;
-    if (x.interval > 0) {
-      const int step = x.interval / kCheckpointUnit;
-      if (first_++ > 0) return -1;
-      const int64_t next = now_ < 0 ? 0 : int64_t{now_} + step;
-      if (next * kCheckpointUnit < tokens_) stop_ = static_cast<int>(next);
-      if (now_ < 0) return -1;
-      const int64_t row = found_.intervals_before() + now_ / step;
-      return row < x.states.size ? row : -1;
-    }
-    while (true) {
-      for (; hits_ != 0; hits_ &= hits_ - 1) {
-        const int hit = __ffs(hits_) - 1;
-        const int64_t row = __shfl_sync(~0u, row_, hit);
-        if (row < 0 || row >= x.states.size) continue;
-        hits_ &= hits_ - 1;
-        return row;
-      }
-      if (first_ >= x.C) return -1;
-      const int c = first_ + lane_;
-      int unit = kNoCheckpoint;
-      if (c < x.C) {
-        const Checkpoint checkpoint = found_[c];
-        row_ = checkpoint.row;
-        unit = checkpoint.unit;
-      }
-      stop_ = min(stop_, __reduce_min_sync(~0u, unit > now_ ? unit : kNoCheckpoint));
-      hits_ = __ballot_sync(~0u, unit == now_);
-      first_ += 32;
-    }
+__device__ __forceinline__ Checkpoint offset_after(const Found& found, int C,
+                                                   const Checkpoint& after, int lane) {
+  Checkpoint best = {kNoCheckpoint, INT_MAX};
+#pragma unroll 1
+  for (int first = 0; first < C; first += 32) {
+    const int c = first + lane;
+    const int unit = c < C ? found.unit(c) : kNoCheckpoint;
+    const bool later = unit > after.unit || (unit == after.unit && c > after.c);
+    if (later && unit < best.unit) best = {unit, c};
   }
+  const int unit = __reduce_min_sync(~0u, best.unit);
+  return {unit, __reduce_min_sync(~0u, best.unit == unit ? best.c : INT_MAX)};
+}
 
-  // Once there are no more: the next unit before which a state is kept, or kNoCheckpoint. After
-  // kBeforeAll that may be 0: the initial state; after kWrongCheckpoint it is of no use.
-  __device__ __forceinline__ int stop() const { return stop_; }
+// One at the interval, or none.
+__device__ __forceinline__ Checkpoint at_interval(int64_t tokens, int unit, int c) {
+  return {int64_t{unit} * kCheckpointUnit < tokens ? unit : kNoCheckpoint, c};
+}
 
- private:
-  const Problem& p_;
-  const Found found_;
-  int64_t tokens_;
-  int now_, lane_;
-  int first_ = 0;      // of the offsets that have not been looked at
-  uint32_t hits_ = 0;  // of the 32 before it, those not returned yet
-  int64_t row_ = -1;   // of the lane's offset of these
-  int stop_ = kNoCheckpoint;
-};
+// The first checkpoint from a unit on, or kNoCheckpoint; from kWrongCheckpoint on, the first wrong
+// one if there is any.
+template <class Found>
+__device__ __forceinline__ Checkpoint first_checkpoint(const Problem& p, const Found& found,
+                                                       int64_t tokens, int unit, int lane) {
+  const int interval = p.checkpoints.interval / kCheckpointUnit;
+  if (interval == 0) return offset_after(found, p.checkpoints.C, {unit, -1}, lane);
+  return unit < 0 ? at_interval(tokens, 0, 0) : at_interval(tokens, unit, unit / interval);
+}
+
+// And the one after another.
+template <class Found>
+__device__ __forceinline__ Checkpoint next_checkpoint(const Problem& p, const Found& found,
+                                                      int64_t tokens, const Checkpoint& after,
+                                                      int lane) {
+  const int interval = p.checkpoints.interval / kCheckpointUnit;
+  if (interval == 0) return offset_after(found, p.checkpoints.C, after, lane);
+  return at_interval(tokens, after.unit + interval, after.c + 1);
+}
+
+// The row of checkpoints.states that keeps it, or -1.
+template <class Found>
+__device__ __forceinline__ int64_t row_of(const Problem& p, const Found& found, int c) {
+  const Checkpoints& x = p.checkpoints;
+  const int64_t row = x.interval > 0 ? found.intervals_before() + c : found.row(c);
+  return row >= 0 && row < x.states.size ? row : -1;
+}
 
 }  // namespace flashkda::cuda

@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cute/arch/cluster_sm90.hpp>
+#include <type_traits>
 
 #include "../../common/element.cuh"
 #include "../../common/state_columns.cuh"
@@ -57,11 +58,11 @@ class Chain {
     Decays enter;
     load_state(S);
     int left = kLone ? tokens_ : static_cast<int>(w_.tokens);
-    list_checkpoints();
-    const FirstCheckpoint first = first_checkpoint(p_, w_.n, w_.tokens, lane_);
-    if (first.wrong) columns().spoil_wrong_checkpoints(p_);
-    int stop = columns().left_at(first.unit);
-    if (left == stop || left == 0) stop = give<0>(S, nullptr, nullptr, left, stop, left == 0);
+    if (p_.checkpoints.states.ptr != nullptr && list_checkpoints()) {
+      columns().spoil_wrong_checkpoints(p_);
+    }
+    int stop = first_stop();
+    stop = give<0>(S, nullptr, nullptr, left, stop, left == 0);
     int at = 0;
     uint32_t parity = 0;
     constexpr Nothing kNothing;
@@ -166,34 +167,62 @@ class Chain {
     template <class... X>
     __device__ __forceinline__ void operator()(const X&...) const {}
   };
+  // Such a step is not the sequence's last: its chunk is a whole one.
+  template <class Inside>
+  static constexpr bool kWithin = std::is_same_v<Inside, Nothing>;
 
-  // What the chain finds ahead of its sequence's checkpoints, lest it wait for global memory where
-  // it keeps a state.
+  // What `list_checkpoints` has found, and the rest from global memory.
   struct FoundCheckpoints {
     const Chain& chain;
 
-    __device__ __forceinline__ Checkpoint operator[](int c) const {
-      const Problem& p = chain.p_;
-      if (p.checkpoints.C <= kListed) return chain.s_.checkpoints[c];
-      return load_checkpoint(p, chain.w_.n, chain.w_.tokens, c);
+    __device__ __forceinline__ int unit(int c) const {
+      if (c < kListed) return chain.s_.checkpoints[c].unit;
+      return checkpoint_unit(chain.p_, chain.w_.n, chain.w_.tokens, c);
+    }
+    __device__ __forceinline__ int64_t row(int c) const {
+      if (c < kListed) return chain.s_.checkpoints[c].row;
+      return checkpoint_row(chain.p_, chain.w_.n, c);
     }
     __device__ __forceinline__ int64_t intervals_before() const {
       return chain.s_.checkpoints[0].row;
     }
   };
 
-  // While the first chunk is being made.
-  __device__ __forceinline__ void list_checkpoints() const {
+  // While the first chunk is being made. Returns whether any offset is wrong.
+  __device__ __forceinline__ bool list_checkpoints() const {
     const Checkpoints& x = p_.checkpoints;
-    if (x.states.ptr == nullptr) return;
     if (warp_ == 0) {
+      bool wrong = false;
       if (x.interval > 0) {
-        s_.checkpoints[0].row = intervals_before<uint32_t>(p_, w_.n, lane_);
-      } else if (lane_ < x.C) {
-        s_.checkpoints[lane_] = load_checkpoint(p_, w_.n, w_.tokens, lane_);
+        s_.checkpoints[lane_].row = intervals_before<uint32_t>(p_, w_.n, lane_);
+      } else {
+#pragma unroll 1
+        for (int first = 0; first < x.C; first += 32) {
+          const int c = min(first + lane_, x.C - 1);
+          const ListedCheckpoint found = {checkpoint_row(p_, w_.n, c),
+                                          checkpoint_unit(p_, w_.n, w_.tokens, c)};
+          if (first == 0) s_.checkpoints[lane_] = found;
+          wrong |= found.unit == kWrongCheckpoint;
+        }
       }
+      s_.wrong_checkpoints = __any_sync(~0u, wrong);
     }
     ptx::barrier_sync(1, Cfg::kChainGroups * kGroupThreads);
+    return s_.wrong_checkpoints;
+  }
+
+  // With how much left the first checkpoint lies, or the next one. Which it is, is kept in shared
+  // memory, because registers are scarce.
+  __device__ __forceinline__ int stop_at(const Checkpoint& x) const {
+    s_.stops[warp_] = x.c;
+    return columns().left_at(x.unit);
+  }
+  __device__ __forceinline__ int first_stop() const {
+    if (p_.checkpoints.states.ptr == nullptr) return INT_MIN;
+    return stop_at(first_checkpoint(p_, FoundCheckpoints{*this}, w_.tokens, kBeforeAll, lane_));
+  }
+  __device__ __forceinline__ int stop_after(const Checkpoint& x) const {
+    return stop_at(next_checkpoint(p_, FoundCheckpoints{*this}, w_.tokens, x, lane_));
   }
 
   using Decays = float4[kTiles / 2];  // of the lane's channels, in two tiles each
@@ -368,22 +397,17 @@ class Chain {
   template <int kParts>
   __device__ __forceinline__ int give(const float (&S)[kTiles][4], const uint32_t (*rest)[4],
                                       const Slot* slot, int left, int stop, bool last) const {
-    bool kept = stop == left;
-    if (!kept && !last) return stop;
-    CheckpointRows<FoundCheckpoints> rows(p_, {*this}, w_.tokens, columns().unit_at(left), lane_);
-    while (true) {
-      const int64_t checkpoint = kept ? rows.next() : -1;
-      if (checkpoint < 0 && kept) {
-        kept = false;
-        stop = columns().left_at(rows.stop());
-      }
-      if (!kept && !last) return stop;
-      const int64_t row = kept ? checkpoint : last_row(p_, w_.n, w_.tokens);
-      last = last && kept;
-      if (row < 0) return stop;
+    while (stop == left || last) {
+      const bool kept = stop == left;
+      const Checkpoint at = {columns().unit_at(left), s_.stops[warp_]};
+      const int64_t row =
+          kept ? row_of(p_, FoundCheckpoints{*this}, at.c) : last_row(p_, w_.n, w_.tokens);
       const StateTensor& to = kept ? p_.checkpoints.states : p_.final_state;
-      store_state<kParts>(S, rest, slot, to, row);
+      if (row >= 0) store_state<kParts>(S, rest, slot, to, row);
+      last = last && kept;
+      if (kept) stop = stop_after(at);
     }
+    return stop;
   }
 
   // Straight loops of few instructions: a sequence comes here once or twice, and what is not in the
@@ -607,7 +631,7 @@ class Chain {
     cute::warpgroup_wait<0>();
     fence(d);
     load_values(v_late, at, 1);
-    keep_tokens(v, v_late, left);
+    if constexpr (!kWithin<Inside>) keep_tokens(v, v_late, left);
     Solving solving;
     load(solving, early);
     solve(d[0], d[1], v, solving);
@@ -637,43 +661,42 @@ class Chain {
   }
 
   // The same by warps that have a scheduler almost for themselves, and registers to load ahead:
-  // what the late part and the outputs need of early U goes before the update, which would keep
-  // the tensor cores from it.
+  // all small products go before the updates, which would keep the tensor cores from them.
   template <class Inside>
   __device__ __forceinline__ void solve_ahead(float (&S)[kTiles][4], float (&d)[8][4],
                                               uint32_t (&u)[4], uint32_t (&u_late)[4],
                                               Decays& leave, const Slot& slot, uint32_t tiles,
                                               int at, int left, const Inside& inside) const {
     const Squares &early = slot.squares[0], &late = slot.squares[1];
-    uint32_t v[4], v_late[4], cross[4], cross_q[4], M[4];
+    uint32_t v[4], v_late[4], cross[4], cross_q[4], M[4], M_late[4];
     load_values(v, at, 0);
     Solving solving, solving_late;
     load(solving, early);
     load_values(v_late, at, 1);
     cute::warpgroup_wait<0>();
     fence(d);
-    keep_tokens(v, v_late, left);
+    if constexpr (!kWithin<Inside>) keep_tokens(v, v_late, left);
     load_square(cross, late.cross);
+    load(solving_late, late);
     solve(d[0], d[1], v, solving);
     load_square(cross_q, early.cross);
     load_square(M, early.M);
-    load(solving_late, late);
+    load_square(M_late, late.M);
     to_operand<Elem>(u, d[0], d[1]);
     multiply(d[2], d[3], u, cross);
     multiply(d[6], d[7], u, cross_q);
     multiply(d[4], d[5], u, M);
-    start_update(S, u, tiles, 0);
-    inside(d[0], d[1], u, slot);
+    load_decays(leave, slot.leave);
     solve(d[2], d[3], v_late, solving_late);
     ptx::mbarrier_arrive_at(at_of(&s_.values_empty[at]));
+    to_operand<Elem>(u_late, d[2], d[3]);
+    multiply(d[6], d[7], u_late, M_late);
+    start_update(S, u, tiles, 0);
+    inside(d[0], d[1], u, slot);
+    start_update(S, u_late, tiles, 1);
     Finishing finishing, finishing_late;
     load(finishing, early);
-    load_square(M, late.M);
-    to_operand<Elem>(u_late, d[2], d[3]);
-    multiply(d[6], d[7], u_late, M);
-    start_update(S, u_late, tiles, 1);
     load(finishing_late, late);
-    load_decays(leave, slot.leave);
     ptx::wait_for_sent();
     __syncwarp();  // the last outputs have been read
     finish_output(d[4], d[5], d[0], d[1], finishing, 0);

@@ -100,7 +100,14 @@ struct Stock {
   Slot* chunks;  // kStock a team
 };
 
-inline constexpr int kListed = 32;  // checkpoints of a sequence, one a lane
+// What a chain finds ahead of its sequence's checkpoints, lest it wait for global memory where it
+// keeps a state: of each, one a lane; or of those at an interval, in the first, the sequence's
+// first row.
+struct ListedCheckpoint {
+  int64_t row;
+  int unit;
+};
+inline constexpr int kListed = 32;
 
 // What the factor warps need of a head's gate. Kept here, because registers are scarce, and because
 // a maker's head may change with every chunk.
@@ -178,10 +185,12 @@ struct Shared : Rings<Cfg> {
   uint64_t values_empty[Cfg::kSlots];
   Work work;  // kept here, because registers are scarce
   Origin origins[Cfg::kHeads];
-  Checkpoint checkpoints[kListed];  // what is found of them ahead
-  int sequence;                     // what sequence_of_rank found
-  Stock stock;                      // of a team that is apart
-  int block;                        // its number there
+  ListedCheckpoint checkpoints[kListed];
+  int wrong_checkpoints;
+  int stops[4 * Cfg::kChainGroups];  // of each chain warp, the next of its checkpoints
+  int sequence;                      // what sequence_of_rank found
+  Stock stock;                       // of a team that is apart
+  int block;                         // its number there
 };
 
 // A place in a ring and the parity of its current use.
