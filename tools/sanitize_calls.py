@@ -59,6 +59,11 @@ def chunk_calls():
     for name in ("q", "k"):
         grouped[name] = grouped[name][:, :, :2]
     yield "grouped heads, strided q and k", grouped
+    transposed = call("bounded, usual", (67,))
+    for name in "qkv":
+        x = transposed[name]
+        transposed[name] = x.flatten(2).mT.contiguous().mT.view_as(x)
+    yield "tokens next to each other", transposed
     narrow = call("given, usual")
     for name in ("q", "k", "v", "g"):
         narrow[name] = narrow[name][..., :64].contiguous()

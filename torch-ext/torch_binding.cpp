@@ -248,6 +248,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "recurrent_kda_pool_fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, "
       "Tensor? dt_bias, Tensor(b!) state, Tensor? cu_seqlens, Tensor? state_indices, "
       "Tensor? num_accepted_tokens, Tensor(a!) o, " FLASHKDA_CHOICES);
+  ops.def("copy_tokens(Tensor x, Tensor(a!) to) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
@@ -263,5 +264,6 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("chunk_kda_pool_fwd", TORCH_BOX(&flashkda::cuda::chunk_kda_pool_fwd));
   ops.impl("recurrent_kda_fwd", TORCH_BOX(&flashkda::cuda::recurrent_kda_fwd));
   ops.impl("recurrent_kda_pool_fwd", TORCH_BOX(&flashkda::cuda::recurrent_kda_pool_fwd));
+  ops.impl("copy_tokens", TORCH_BOX(&flashkda::cuda::copy_tokens));
 }
 #endif

@@ -51,4 +51,6 @@ void recurrent_kda_pool_fwd(const Tensor& q, const Tensor& k, const Tensor& v, c
                             double scale, int64_t gate, double lower_bound, int64_t beta_mode,
                             bool l2norm, bool state_v_first);
 
+void copy_tokens(const Tensor& x, Tensor to);
+
 }  // namespace flashkda::cuda

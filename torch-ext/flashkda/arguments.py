@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .ops import DEVICE_TYPES, final_state_shape
+from .ops import DEVICE_TYPES, contiguous, final_state_shape
 from .reference import (
     BETA_GIVEN,
     BETA_SIGMOID,
@@ -651,7 +651,7 @@ def resolve_state_layout(state_v_first: bool, transpose_state_layout: bool | Non
 
 def _with_unit_stride(x: Tensor) -> Tensor:
     """x as a GPU's kernels can follow it: copied only if its last dimension has not stride 1."""
-    return x if x.stride()[3] == 1 else x.contiguous()
+    return x if x.stride()[3] == 1 else contiguous(x)
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

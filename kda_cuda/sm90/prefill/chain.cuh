@@ -212,9 +212,10 @@ class Chain {
   }
 
   // With how much left the first checkpoint lies, or the next one. Which it is, is kept in shared
-  // memory, because registers are scarce, and for each thread, lest they wait for each other.
+  // memory, because registers are scarce; one lane's alone, so that no other may read what the next
+  // has taken the place of.
   __device__ __forceinline__ int stop_at(const Checkpoint& x) const {
-    s_.stops[threadIdx.x] = x.c;
+    if (lane_ == 0) s_.stops[warp_] = x.c;
     return columns().left_at(x.unit);
   }
   __device__ __forceinline__ int first_stop() const {
@@ -399,7 +400,8 @@ class Chain {
                                       const Slot* slot, int left, int stop, bool last) const {
     while (stop == left || last) {
       const bool kept = stop == left;
-      const Checkpoint at = {columns().unit_at(left), s_.stops[threadIdx.x]};
+      const Checkpoint at = {columns().unit_at(left),
+                             __shfl_sync(~0u, lane_ == 0 ? s_.stops[warp_] : 0, 0)};
       const int64_t row =
           kept ? row_of(p_, FoundCheckpoints{*this}, at.c) : last_row(p_, w_.n, w_.tokens);
       const StateTensor& to = kept ? p_.checkpoints.states : p_.final_state;

@@ -138,6 +138,7 @@ cudaError_t launch_instance(const Problem& p, const Target& target, cudaStream_t
                             const Share& share) {
   constexpr auto kKernel = prefill_kernel<Cfg, kGate>;
   constexpr int kBytes = sizeof(Shared<Cfg>);
+  static_assert(kBytes <= 227 * 1024, "a block has no more shared memory on Hopper");
   Maps maps;
   cudaError_t error = make_maps(p, Cfg::VS, &maps);
   if (error == cudaSuccess) error = allow_smem<kKernel>(kBytes, target.device);

@@ -187,10 +187,10 @@ struct Shared : Rings<Cfg> {
   Origin origins[Cfg::kHeads];
   ListedCheckpoint checkpoints[kListed];
   int wrong_checkpoints;
-  int stops[Cfg::kChainGroups * kGroupThreads];  // of each chain thread, its next checkpoint
-  int sequence;                                  // what sequence_of_rank found
-  Stock stock;                                   // of a team that is apart
-  int block;                                     // its number there
+  int stops[4 * Cfg::kChainGroups];  // of each chain warp, its next checkpoint
+  int sequence;                      // what sequence_of_rank found
+  Stock stock;                       // of a team that is apart
+  int block;                         // its number there
 };
 
 // A place in a ring and the parity of its current use.
