@@ -3,15 +3,31 @@
     python benchmarks/decode_limit.py
 
 One kernel that does next to nothing, and one that copies the states, for every case of
-`compare.py --suite decode`. Writes decode_limit.json.
+`compare.py --suite decode`. By that timing one step is all that a graph holds, and its start counts.
+In a model steps follow each other: for few sequences, also a 32nd of a graph of 32 steps on states of
+their own, which together are more than an L2 holds, beside flash-linear-attention where it is
+installed, and of 32 copies. Writes decode_limit.json.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from kda_bench import cases, report, timing
+from kda_bench import cases, contenders, report, timing
+
+STEPS = 32
+FEW = (1, 8)
+
+
+def copies(case: cases.DecodeCase, seed: int) -> Callable[[], Any]:
+    """The states of a step, copied."""
+    elements = case.batch * case.heads * cases.K * cases.V
+    source = torch.full((elements,), seed, dtype=case.state_dtype, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def main() -> int:
@@ -19,19 +35,34 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.exit("decode_limit.py measures GPU time, and torch sees no CUDA GPU on this machine")
     timer = timing.Timer(0.15)
+    rows = []
 
-    def measure(name: str, elements: int, dtype: torch.dtype) -> dict[str, str | float]:
-        source = torch.zeros(elements, dtype=dtype, device="cuda")
-        target = torch.empty_like(source)
-        found = timer(timing.Captured(lambda: target.copy_(source)))
-        row = {"case": name, "us": round(found.us, 2), "us_min": round(found.us_min, 2)}
-        print(f"{name:<30} {found.us:8.2f} us  [{found.us_min:.2f}]", flush=True)
-        return row
+    def measure(name: str, call: Callable[[], Any], steps: int = 1) -> None:
+        found = timer(timing.Captured(call))
+        row = {"case": name, "us": round(found.us / steps, 2)}
+        rows.append(row | {"us_min": round(found.us_min / steps, 2)})
+        print(f"{name:<60} {rows[-1]['us']:8.2f} us  [{rows[-1]['us_min']:.2f}]", flush=True)
 
-    rows = [measure("a copy of 4 bytes", 1, torch.float32)]
+    def measure_steps(name: str, make: Callable[[int], Callable[[], Any]]) -> None:
+        calls = [make(seed) for seed in range(STEPS)]
+        measure(f"{name}, one of {STEPS} in a graph", lambda: [call() for call in calls], STEPS)
+
+    four_bytes = torch.zeros(2, device="cuda")
+    measure("a copy of 4 bytes", lambda: four_bytes[:1].copy_(four_bytes[1:]))
     for case in cases.DECODE_TABLE:
-        elements = case.batch * case.heads * cases.K * cases.V
-        rows.append(measure(f"{case.name}: states copied", elements, case.state_dtype))
+        measure(f"{case.name}: states copied", copies(case, 0))
+    present, _ = contenders.installed(["this", "fla"])
+    for case in (case for case in cases.DECODE_TABLE if case.batch in FEW):
+        measure_steps(f"{case.name}: states copied", lambda seed, case=case: copies(case, seed))
+        for contender in present:
+
+            def step(seed: int, case=case, contender=contender) -> Callable[[], Any]:
+                return contender.decode(cases.make_decode_inputs(case, "fast", "cuda", seed)).call
+
+            try:
+                measure_steps(f"{case.name}: {contender.name}", step)
+            except contenders.Declined as reason:
+                print(f"{case.name}: {contender.name} {reason}")
     report.write_json(options.out / "decode_limit.json", report.header() | {"rows": rows})
     return 0
 

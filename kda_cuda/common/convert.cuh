@@ -9,10 +9,18 @@
 
 namespace flashkda::cuda {
 
+// kConstant: nothing writes there from the kernel's start on.
+template <bool kConstant, class T>
+__device__ __forceinline__ T load(const T* ptr) {
+  if constexpr (kConstant) return __ldg(ptr);
+  return *ptr;
+}
+
 // An element's bits, so that a load can be issued long before its value is needed.
+template <bool kConstant = true>
 __device__ __forceinline__ uint32_t load_bits(const void* ptr, int64_t i, DType dtype) {
-  if (dtype == DType::kF32) return __ldg(static_cast<const uint32_t*>(ptr) + i);
-  return __ldg(static_cast<const uint16_t*>(ptr) + i);
+  if (dtype == DType::kF32) return load<kConstant>(static_cast<const uint32_t*>(ptr) + i);
+  return load<kConstant>(static_cast<const uint16_t*>(ptr) + i);
 }
 
 __device__ __forceinline__ float bits_to_float(uint32_t bits, DType dtype) {
@@ -31,9 +39,10 @@ __device__ __forceinline__ void store_float(void* ptr, int64_t i, DType dtype, f
   }
 }
 
+template <bool kConstant = true>
 __device__ __forceinline__ int64_t load_index(const void* ptr, int64_t i, bool is_64) {
-  if (is_64) return __ldg(static_cast<const long long*>(ptr) + i);
-  return __ldg(static_cast<const int32_t*>(ptr) + i);
+  if (is_64) return load<kConstant>(static_cast<const long long*>(ptr) + i);
+  return load<kConstant>(static_cast<const int32_t*>(ptr) + i);
 }
 
 // Two floats as bf16, the first in the lower half: the order of memory.

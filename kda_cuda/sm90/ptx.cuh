@@ -220,16 +220,6 @@ __device__ __forceinline__ void fence_async_proxy_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-// From here on, a grid may start that was launched to run beside this one.
-__device__ __forceinline__ void launch_dependents() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-// Waits for the grid that this one was launched to run beside, if there is one.
-__device__ __forceinline__ void wait_for_dependencies() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
 // The warpgroup's registers a thread from here on.
 template <int kRegisters>
 __device__ __forceinline__ void more_registers() {

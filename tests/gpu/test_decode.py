@@ -160,6 +160,67 @@ def test_a_captured_step_with_other_rows(flashkda, HV, state_v_first, state):
             assert not any(torch.equal(after[row, 0], start[row, 0]) for row in kept.tolist())
 
 
+# Of one token and few sequences, of many, and of several tokens: a kernel each.
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (64, 1), (2, 3)])
+def test_steps_right_behind_each_other(flashkda, B, T):
+    """A step may be launched before the one whose state it continues has ended."""
+    steps, heads = 24, 32
+    call = make(5, B=B, T=T * steps, H=heads, K=128, V=128, gate="bounded", device=DEVICE)
+    start, state = call["initial_state"], torch.empty_like(call["initial_state"])
+    call |= {"initial_state": state, "inplace_final_state": True}
+    tokens = [
+        {name: call[name][:, t : t + T].contiguous() for name in PER_TOKEN}
+        for t in range(0, T * steps, T)
+    ]
+
+    def run(wait: bool) -> list[torch.Tensor]:
+        state.copy_(start)
+        results = []
+        for token in tokens:
+            results.append(flashkda.fused_recurrent_kda(**{**call, **token})[0])
+            if wait:
+                torch.cuda.synchronize()
+        return [*results, state.clone()]
+
+    with torch.inference_mode():
+        expected = run(wait=True)
+        graph, captured = torch.cuda.CUDAGraph(), None
+        with torch.cuda.graph(graph):
+            captured = run(wait=False)
+        for _ in range(20):
+            assert all(map(torch.equal, expected, run(wait=False)))
+            for x in captured:
+                x.fill_(torch.nan)
+            graph.replay()
+            assert all(map(torch.equal, expected, captured))
+
+
+def test_captured_behind_copies_and_other_streams(flashkda):
+    """What comes before a step in a graph need not be a kernel, nor one thing."""
+    call = make(6, B=2, T=1, H=4, K=128, V=128, gate="bounded", device=DEVICE)
+    q, v = call["q"].clone(), call["v"].clone()
+    expected = flashkda.fused_recurrent_kda(**call)
+    other = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call["q"].zero_()
+        call["q"].copy_(q)
+        behind_a_copy = flashkda.fused_recurrent_kda(**call)
+        here = torch.cuda.current_stream()
+        other.wait_stream(here)
+        with torch.cuda.stream(other):
+            call["v"].copy_(v)
+        call["q"].copy_(q)
+        here.wait_stream(other)
+        behind_two = flashkda.fused_recurrent_kda(**call)
+    call["q"].fill_(torch.nan)
+    call["v"].fill_(torch.nan)
+    for replay in range(3):
+        graph.replay()
+        found = (*behind_two, *behind_a_copy) if replay else behind_two
+        assert all(map(torch.equal, (*expected, *expected)[: len(found)], found))
+
+
 @pytest.mark.parametrize("T", [1, 2])
 @pytest.mark.parametrize("state_v_first", [False, True])
 def test_more_sequences_than_a_grid_has_rows(flashkda, state_v_first, T):

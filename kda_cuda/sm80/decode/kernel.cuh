@@ -37,8 +37,8 @@ __device__ __forceinline__ Item find_item(const Params& p, uint32_t n) {
     // Nothing has checked what lies on the device: what is not within the tokens is taken for
     // empty.
     item.b = 0;
-    item.begin = load_index(p.cu_seqlens, item.n, p.cu_seqlens_64);
-    const int64_t end = load_index(p.cu_seqlens, int64_t{item.n} + 1, p.cu_seqlens_64);
+    item.begin = load_index<false>(p.cu_seqlens, item.n, p.cu_seqlens_64);
+    const int64_t end = load_index<false>(p.cu_seqlens, int64_t{item.n} + 1, p.cu_seqlens_64);
     const bool within = item.begin >= 0 && item.begin <= end && end <= p.T;
     item.length = within ? static_cast<int>(end - item.begin) : 0;
   }
@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   __shared__ Token<K, kSliceV> tokens[2][kBlockTokens];
   __shared__ Scratch scratch;
 
+  start_beside();
   const uint32_t n = blockIdx.z * gridDim.y + blockIdx.y;
   if (n >= p.N) return;
   const Item item = find_item(p, n);

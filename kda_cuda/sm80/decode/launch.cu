@@ -73,6 +73,21 @@ dim3 blocks_for(const Problem& p, int columns) {
               static_cast<unsigned>((p.N + kRows - 1) / kRows));
 }
 
+// While the kernel before it in the stream ends, where the GPU can: see start_beside.
+cudaError_t launch_beside(void (*kernel)(Params), dim3 blocks, const Params& params,
+                          const Target& target, cudaStream_t stream) {
+  cudaLaunchAttribute beside;
+  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &beside;
+  config.numAttrs = target.capability >= 90 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
 // All slices of kSliceV columns have a place on the GPU at once.
 bool are_few(const Problem& p, const Target& target) {
   return p.N * p.HV * (p.V / kSliceV) <= int64_t{kFewBlocks} * target.multiprocessors;
@@ -82,9 +97,8 @@ template <DType kState, int K, bool kVFirst>
 cudaError_t launch_one_token(const Problem& p, const Params& params, const Target& target,
                              cudaStream_t stream) {
   if (are_few(p, target)) {
-    one_token_few_kda_kernel<kState, K, kVFirst>
-        <<<blocks_for(p, kSliceV), kThreads, 0, stream>>>(params);
-    return cudaGetLastError();
+    return launch_beside(one_token_few_kda_kernel<kState, K, kVFirst>, blocks_for(p, kSliceV),
+                         params, target, stream);
   }
   constexpr auto kKernel = one_token_kda_kernel<kState, K, kVFirst>;
   // The states wait in shared memory: without as much of it as there is, too few blocks do.
@@ -95,8 +109,7 @@ cudaError_t launch_one_token(const Problem& p, const Params& params, const Targe
     if (error != cudaSuccess) return error;
     configured[target.device].store(true, std::memory_order_release);
   }
-  kKernel<<<blocks_for(p, kOneTokenColumns), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch_beside(kKernel, blocks_for(p, kOneTokenColumns), params, target, stream);
 }
 
 template <DType kIn, int K, bool kVFirst>
@@ -108,8 +121,8 @@ cudaError_t choose_kernel(const Problem& p, const Params& params, const Target& 
   if (p.T == 1 && p.cu_seqlens == nullptr && !params.per_token && p.V == K && states_fit) {
     return launch_one_token<kIn, K, kVFirst>(p, params, target, stream);
   }
-  recurrent_kda_kernel<kIn, K, kVFirst><<<blocks_for(p, kSliceV), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch_beside(recurrent_kda_kernel<kIn, K, kVFirst>, blocks_for(p, kSliceV), params,
+                       target, stream);
 }
 
 template <DType kIn, int K>

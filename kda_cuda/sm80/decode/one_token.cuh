@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(kThreads, kOneTokenBlocks)
   __shared__ Block<Slice, kColumns> block;
   __shared__ Token<K, kColumns> token;
 
+  start_beside();
   const uint32_t n = blockIdx.z * gridDim.y + blockIdx.y;
   if (n >= p.N) return;
   const uint32_t slice = blockIdx.x % kSlices, hv = blockIdx.x / kSlices;

@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads, kFewBlocks)
   __shared__ Token<K, kSliceV> token;
   __shared__ Scratch scratch;
 
+  start_beside();
   const uint32_t n = blockIdx.y, slice = blockIdx.x % kSlices, hv = blockIdx.x / kSlices;
   TokenReader<K, kSliceV, 1> reader(p, p.heads_per_key.divide(hv), hv, slice, n, 0);
   // Before the state's loads: behind those of all blocks of a multiprocessor the token would come

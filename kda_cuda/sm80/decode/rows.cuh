@@ -17,8 +17,8 @@ struct Rows {
 };
 
 __device__ __forceinline__ int64_t slot_of(const Params& p, int64_t n, int64_t t) {
-  return load_index(p.state_indices, n * p.indices_stride_n + t * p.indices_stride_t,
-                    p.state_indices_64);
+  return load_index<false>(p.state_indices, n * p.indices_stride_n + t * p.indices_stride_t,
+                           p.state_indices_64);
 }
 
 __device__ __forceinline__ bool slot_valid(int64_t slot, const States& states) {
@@ -49,7 +49,7 @@ __device__ __forceinline__ Rows find_rows(const Params& p, uint32_t n, int lengt
     int64_t t = 0;
     if (p.per_token) {
       if (p.num_accepted_tokens != nullptr) {
-        t = load_index(p.num_accepted_tokens, n, p.accepted_64) - 1;
+        t = load_index<false>(p.num_accepted_tokens, n, p.accepted_64) - 1;
       }
       rows.valid = t >= 0 && t < p.indices_width;
     }

@@ -4,11 +4,20 @@
 
 #include "../../common/convert.cuh"
 #include "../../common/gate.cuh"
+#include "../../common/ptx.cuh"
 #include "../../common/warp.cuh"
 #include "config.h"
 #include "params.h"
 
 namespace flashkda::cuda::sm80::decode {
+
+// What every kernel begins with: it is launched while the one before it in its stream ends, and
+// lets the one behind it do so. Memory is touched behind this alone, and read by plain loads, not
+// as constant: it may have been written since the kernel's start.
+__device__ __forceinline__ void start_beside() {
+  ptx::launch_dependents();
+  ptx::wait_for_dependencies();
+}
 
 // Where a token's row begins, in elements.
 __device__ __forceinline__ int64_t element(const Tokens& x, uint32_t b, int64_t t, uint32_t h) {
@@ -39,8 +48,8 @@ class TokenReader {
   __device__ __forceinline__ TokenReader(const Params& p, uint32_t h, uint32_t hv, uint32_t slice,
                                          uint32_t b, int64_t begin)
       : p_(p), h_(h), hv_(hv), slice_(slice), b_(b), next_(begin) {
-    if (p.A_log != nullptr) A_log_ = __ldg(p.A_log + hv);
-    if (p.dt_bias != nullptr) dt_bias_ = __ldg(p.dt_bias + hv * K + channel());
+    if (p.A_log != nullptr) A_log_ = p.A_log[hv];
+    if (p.dt_bias != nullptr) dt_bias_ = p.dt_bias[hv * K + channel()];
   }
 
   // Issues the loads of the next `count` tokens, at most kBlock.
@@ -56,12 +65,12 @@ class TokenReader {
     for (int i = 0; i < kBlock; ++i) {
       if (i >= count) break;
       if (reads_channels()) {
-        bits_[i].q = __ldg(static_cast<const uint16_t*>(p_.q.ptr) + q);
-        bits_[i].k = __ldg(static_cast<const uint16_t*>(p_.k.ptr) + k);
-        bits_[i].g = load_bits(p_.g.ptr, g, static_cast<DType>(p_.g_dtype));
+        bits_[i].q = static_cast<const uint16_t*>(p_.q.ptr)[q];
+        bits_[i].k = static_cast<const uint16_t*>(p_.k.ptr)[k];
+        bits_[i].g = load_bits<false>(p_.g.ptr, g, static_cast<DType>(p_.g_dtype));
       }
       if (reads_v() || reads_beta()) {
-        bits_[i].extra = load_bits(other.ptr, extra, extra_dtype());
+        bits_[i].extra = load_bits<false>(other.ptr, extra, extra_dtype());
       }
       q += p_.q.stride_t;
       k += p_.k.stride_t;
