@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ def copies(case: cases.DecodeCase, seed: int) -> Callable[[], Any]:
     return lambda: target.copy_(source)
 
 
+def step(contender: contenders.Contender, case: cases.DecodeCase, seed: int) -> Callable[[], Any]:
+    return contender.decode(cases.make_decode_inputs(case, "fast", "cuda", seed)).call
+
+
 def main() -> int:
     options = report.parser(__doc__).parse_args()
     if not torch.cuda.is_available():
@@ -39,9 +44,9 @@ def main() -> int:
 
     def measure(name: str, call: Callable[[], Any], steps: int = 1) -> None:
         found = timer(timing.Captured(call))
-        row = {"case": name, "us": round(found.us / steps, 2)}
-        rows.append(row | {"us_min": round(found.us_min / steps, 2)})
-        print(f"{name:<60} {rows[-1]['us']:8.2f} us  [{rows[-1]['us_min']:.2f}]", flush=True)
+        us, us_min = (round(x / steps, 2) for x in (found.us, found.us_min))
+        rows.append({"case": name, "us": us, "us_min": us_min})
+        print(f"{name:<60} {us:8.2f} us  [{us_min:.2f}]", flush=True)
 
     def measure_steps(name: str, make: Callable[[int], Callable[[], Any]]) -> None:
         calls = [make(seed) for seed in range(STEPS)]
@@ -52,15 +57,13 @@ def main() -> int:
     for case in cases.DECODE_TABLE:
         measure(f"{case.name}: states copied", copies(case, 0))
     present, _ = contenders.installed(["this", "fla"])
-    for case in (case for case in cases.DECODE_TABLE if case.batch in FEW):
-        measure_steps(f"{case.name}: states copied", lambda seed, case=case: copies(case, seed))
+    for case in cases.DECODE_TABLE:
+        if case.batch not in FEW:
+            continue
+        measure_steps(f"{case.name}: states copied", partial(copies, case))
         for contender in present:
-
-            def step(seed: int, case=case, contender=contender) -> Callable[[], Any]:
-                return contender.decode(cases.make_decode_inputs(case, "fast", "cuda", seed)).call
-
             try:
-                measure_steps(f"{case.name}: {contender.name}", step)
+                measure_steps(f"{case.name}: {contender.name}", partial(step, contender, case))
             except contenders.Declined as reason:
                 print(f"{case.name}: {contender.name} {reason}")
     report.write_json(options.out / "decode_limit.json", report.header() | {"rows": rows})

@@ -18,6 +18,12 @@ LIMIT = 1e-2
 PER_TOKEN = ("q", "k", "v", "g", "beta")
 
 
+def most_few(V: int) -> int:
+    """How many heads of sequences are few: 8 blocks of 32 columns of V a multiprocessor hold them."""
+    blocks = 8 * torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    return blocks // (V // 32)
+
+
 def spans(seqlens: tuple[int, ...]) -> list[slice]:
     """Where each sequence's tokens lie."""
     ends = [sum(seqlens[: n + 1]) for n in range(len(seqlens))]

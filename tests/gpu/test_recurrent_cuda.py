@@ -10,6 +10,7 @@ from itertools import accumulate, product
 
 import pytest
 import torch
+from gpu_checks import most_few
 from inputs import ROUNDOFF, expected, make, relative_error
 from torch import Tensor
 
@@ -212,12 +213,6 @@ ONE_TOKEN = pytest.mark.parametrize(
     "K, state_v_first, state",
     list(product((64, 128), (False, True), (torch.float32, torch.bfloat16))),
 )
-
-
-def most_few(V: int) -> int:
-    """How many heads of sequences are few: 8 blocks of 32 columns of V a multiprocessor hold them."""
-    blocks = 8 * torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    return blocks // (V // 32)
 
 
 def crowd(call: dict) -> dict:

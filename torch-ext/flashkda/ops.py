@@ -21,29 +21,18 @@ recurrent_kda_pool_fwd = ops.recurrent_kda_pool_fwd.default
 copy_tokens = ops.copy_tokens.default
 
 
-@torch.library.register_fake(add_op_namespace_prefix("chunk_kda_fwd"))
-def _(*args) -> None:
+def _no_output(*args) -> None:
     return None
 
 
-@torch.library.register_fake(add_op_namespace_prefix("chunk_kda_pool_fwd"))
-def _(*args) -> None:
-    return None
-
-
-@torch.library.register_fake(add_op_namespace_prefix("recurrent_kda_fwd"))
-def _(*args) -> None:
-    return None
-
-
-@torch.library.register_fake(add_op_namespace_prefix("recurrent_kda_pool_fwd"))
-def _(*args) -> None:
-    return None
-
-
-@torch.library.register_fake(add_op_namespace_prefix("copy_tokens"))
-def _(*args) -> None:
-    return None
+for _op in (
+    chunk_kda_fwd,
+    chunk_kda_pool_fwd,
+    recurrent_kda_fwd,
+    recurrent_kda_pool_fwd,
+    copy_tokens,
+):
+    torch.library.register_fake(_op, _no_output)
 
 
 def _compiled_in(dispatch_key: str) -> bool:
@@ -82,7 +71,7 @@ def new_output(x: Tensor) -> Tensor:
 
 def contiguous(x: Tensor) -> Tensor:
     """Tokens [B, T, heads, D] of a GPU, contiguous. Where they lie next to each other, as behind a
-    convolution over T, by the package's own copy, which takes a sixth of the time of torch's.
+    convolution over T, by the package's own copy.
     """
     differentiable = x.requires_grad and torch.is_grad_enabled()
     if differentiable or x.stride()[1] != 1 or x.element_size() != 2:

@@ -167,7 +167,7 @@ class Chain {
     template <class... X>
     __device__ __forceinline__ void operator()(const X&...) const {}
   };
-  // Such a step is not the sequence's last: its chunk is a whole one.
+  // Such a step is not the sequence's last: its chunk is a whole one, and there is a next one.
   template <class Inside>
   static constexpr bool kWithin = std::is_same_v<Inside, Nothing>;
 
@@ -303,9 +303,10 @@ class Chain {
 
   // Zeroes what v holds of tokens from `left` on: rows past the sequence's end are another's, and
   // may be anything.
+  template <class Inside>
   __device__ __forceinline__ void keep_tokens(uint32_t (&v)[4], uint32_t (&v_late)[4],
                                               int left) const {
-    if (left >= kChunk) return;
+    if (kWithin<Inside> || left >= kChunk) return;
     keep_tokens(v, left);
     keep_tokens(v_late, left - kPart);
   }
@@ -633,7 +634,7 @@ class Chain {
     cute::warpgroup_wait<0>();
     fence(d);
     load_values(v_late, at, 1);
-    if constexpr (!kWithin<Inside>) keep_tokens(v, v_late, left);
+    keep_tokens<Inside>(v, v_late, left);
     Solving solving;
     load(solving, early);
     solve(d[0], d[1], v, solving);
@@ -677,7 +678,7 @@ class Chain {
     load_values(v_late, at, 1);
     cute::warpgroup_wait<0>();
     fence(d);
-    if constexpr (!kWithin<Inside>) keep_tokens(v, v_late, left);
+    keep_tokens<Inside>(v, v_late, left);
     load_square(cross, late.cross);
     load(solving_late, late);
     solve(d[0], d[1], v, solving);

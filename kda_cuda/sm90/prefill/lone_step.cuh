@@ -11,8 +11,6 @@
 //   memory through registers, a chunk later.
 #pragma once
 
-#include <type_traits>
-
 #include "chain.cuh"
 
 namespace flashkda::cuda::sm90::prefill {
@@ -26,9 +24,7 @@ __device__ __forceinline__ void Chain<Cfg>::lone_step(float (&S)[kTiles][4], Dec
   const Slot& slot = s_.slots[at];
   const Squares &early = slot.squares[0], &late = slot.squares[1];
   const int next = at + 1 == Cfg::kSlots ? 0 : at + 1;
-  // Inside a sequence no chunk is cut off, and there is a next one.
-  constexpr bool kInner = std::is_same_v<Inside, Nothing>;
-  const bool more = kInner || left > kChunk;
+  const bool more = kWithin<Inside> || left > kChunk;
   const uint32_t full = at_of(&s_.full[next]), full_parity = parity ^ (next == 0);
   const bool there = !more || ptx::mbarrier_passed_at(full, full_parity);
 
@@ -48,7 +44,7 @@ __device__ __forceinline__ void Chain<Cfg>::lone_step(float (&S)[kTiles][4], Dec
   start_state_products(d, o, S, tiles, loaded);
   cute::warpgroup_wait<1>();
   fence(d);
-  if constexpr (!kInner) keep_tokens(v, v_late, left);
+  keep_tokens<Inside>(v, v_late, left);
   uint32_t u[4], u_late[4];
   solve(d[0], d[1], v, solving);
   to_operand<Elem>(u, d[0], d[1]);
@@ -67,7 +63,7 @@ __device__ __forceinline__ void Chain<Cfg>::lone_step(float (&S)[kTiles][4], Dec
   solve(d[2], d[3], v_late, solving_late);
   to_operand<Elem>(u_late, d[2], d[3]);
   multiply(o[2], o[3], u_late, M_late);
-  if constexpr (kInner) {
+  if constexpr (kWithin<Inside>) {
     u[0] = after(u[0], bits(o[3][3]));
     u[1] = after(u[1], bits(leave[kTiles / 2 - 1].x));
     u[2] = after(u[2], bits(finishing_late.rq.x));
